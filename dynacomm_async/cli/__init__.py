@@ -1,0 +1,1 @@
+"""The command line: thin. Each command parses, builds, runs once and prints."""

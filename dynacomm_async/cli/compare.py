@@ -1,0 +1,241 @@
+"""``dynacomm compare``: the same training under several strategies, measured and predicted."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dynacomm_async.addresses import parse_address
+from dynacomm_async.cli.children import Children, Event
+from dynacomm_async.cli.compare_worker import LEAST_STEPS
+from dynacomm_async.cli.links import start_links
+from dynacomm_async.cli.output import (
+    Progress,
+    check_writable,
+    print_json,
+    say,
+    seconds,
+    table,
+    to_json,
+)
+from dynacomm_async.cli.signals import run
+from dynacomm_async.cli.workload import add_run_arguments, check_run, training_options
+from dynacomm_async.errors import ConfigError
+from dynacomm_async.link.options import add_setting_arguments, settings_from
+from dynacomm_async.link.settings import LinkSettings
+from dynacomm_async.schedule import (
+    PLANNERS,
+    Costs,
+    evaluate,
+    find_planner,
+    lower_bound_ns,
+    make_plan,
+)
+
+__all__ = ["Comparison", "add_arguments", "command", "compare", "print_comparison"]
+
+EXAMPLE = "dynacomm compare --model vgg_small --data synthetic --bandwidth 200mbit --delay 5ms"
+
+
+@dataclass(slots=True)
+class Comparison:
+    """What a comparison found.
+
+    Attributes:
+        costs: the one cost table that all predictions come from.
+        strategies: by name, the fields of the JSON output.
+        plans: by name, for each worker process its list of ``[first step, plan]``.
+        links: by name, the counters of each worker process's link, in the same order; where the
+            link is shared, those of that one link.
+    """
+
+    costs: dict[str, Any] = field(default_factory=dict)
+    strategies: dict[str, dict[str, Any]] = field(default_factory=dict)
+    plans: dict[str, list[list[Any]]] = field(default_factory=dict)
+    links: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the command's JSON output."""
+        return {"strategies": self.strategies, "costs": self.costs}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``compare``."""
+    add_run_arguments(parser, steps=60)
+    parser.add_argument(
+        "--strategies",
+        default="all",
+        metavar="A,B,...",
+        help=f"all, or some of {','.join(PLANNERS)} (default: all)",
+    )
+    add_setting_arguments(parser)
+    parser.set_defaults(bandwidth="100mbit", delay="5ms")
+    parser.add_argument(
+        "--save-costs", type=Path, metavar="FILE", help="write the measured cost table here"
+    )
+    parser.add_argument("--json", action="store_true", help="print as JSON")
+
+
+def command(args: argparse.Namespace) -> int:
+    """Compare, and print what was found."""
+    strategies = parse_strategies(args.strategies)
+    found = compare(args, strategies, settings_from(args), costs_file=args.save_costs)
+    if args.json:
+        print_json(found.to_json())
+    else:
+        print_comparison(found)
+    return 0
+
+
+def parse_strategies(text: str) -> list[str]:
+    """Return the strategies in ``"a,b"`` or ``"all"``.
+
+    Raises:
+        ConfigError: no such strategy, or one twice.
+    """
+    names = list(PLANNERS) if text == "all" else [name.strip() for name in text.split(",")]
+    for name in names:
+        find_planner(name)
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--strategies {text}: each strategy may be named once")
+    return names
+
+
+def compare(
+    args: argparse.Namespace,
+    strategies: Sequence[str],
+    link: LinkSettings,
+    *,
+    costs_file: Path | None = None,
+) -> Comparison:
+    """Run every strategy in interleaved blocks; see :mod:`dynacomm_async.cli.compare_worker`.
+
+    Args:
+        costs_file: where the cost table is saved, before the measured blocks begin.
+
+    Raises:
+        DynaCommError: a setting is wrong, or a process failed.
+    """
+    settings, steps = check_run(args, strategies[0])
+    if steps < LEAST_STEPS:
+        raise ConfigError(f"{steps} steps are too few to compare, expected {LEAST_STEPS} or more")
+    if costs_file is not None:
+        check_writable(costs_file)
+    specification = {
+        "settings": settings,
+        "training": training_options(args),
+        "steps": steps,
+        "strategies": list(strategies),
+    }
+    return run(_compare(specification, link, costs_file))
+
+
+async def _compare(
+    specification: Mapping[str, Any], link: LinkSettings, costs_file: Path | None
+) -> Comparison:
+    steps, strategies = specification["steps"], specification["strategies"]
+    n_workers = specification["settings"]["workers"]
+    found = Comparison(plans={name: [[] for _ in range(n_workers)] for name in strategies})
+    loop = asyncio.get_running_loop()
+    addresses: asyncio.Future[Mapping[str, str]] = loop.create_future()
+    progress = Progress("comparing: step", steps * len(strategies))
+
+    def on_server_event(event: Event) -> None:
+        if event["event"] == "listening":
+            addresses.set_result(event["addresses"])
+        elif event["event"] == "result":
+            entry = found.strategies.setdefault(event["strategy"], {})
+            entry.update(parameters_sha256=event["parameters_sha256"], loss=event["loss"])
+
+    def on_worker_event(process: int, event: Event) -> None:
+        if event["event"] == "measured":
+            found.plans[event["strategy"]][process] = event["plans"]
+        if process == 0:
+            on_first_worker_event(event)
+
+    def on_first_worker_event(event: Event) -> None:
+        if event["event"] == "progress":
+            progress.update(event["done"])
+        elif event["event"] == "costs":
+            found.costs = event["costs"]
+            if not event["known"]:
+                say("the link is too fast or too uneven to be measured: its costs are guesses")
+            if costs_file is not None:
+                costs_file.write_text(to_json(found.costs, indent=1) + "\n")
+        elif event["event"] == "measured":
+            entry = found.strategies.setdefault(event["strategy"], {})
+            entry.update(_judge(event, found.costs))
+
+    module = "dynacomm_async.cli.compare_"
+    async with contextlib.AsyncExitStack() as stack:
+        children = await stack.enter_async_context(Children())
+        stack.callback(progress.close)
+        server = await children.start("server", f"{module}server", on_event=on_server_event)
+        server.tell(specification)
+        listening = await children.wait_for(addresses)
+        servers = [parse_address(listening[name]) for name in strategies]
+        rows = await start_links(stack, link, servers, n_workers)
+        links = dict(zip(strategies, rows, strict=True))
+        for process in range(n_workers):
+            worker = await children.start(
+                f"worker {process}", f"{module}worker", on_event=partial(on_worker_event, process)
+            )
+            own = {name: str(links[name][process].address) for name in strategies}
+            worker.tell({**specification, "addresses": own})
+        await children.wait_all()
+        for name, row in links.items():
+            found.links[name] = [await each.stop() for each in dict.fromkeys(row)]
+    found.strategies = {name: _ordered(found.strategies[name]) for name in strategies}
+    return found
+
+
+def _judge(event: Event, table_json: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a strategy's figures beside what the cost table promised."""
+    costs = Costs.from_json(table_json)
+    timeline = evaluate(make_plan(event["strategy"], costs), costs)
+    step_s, compute_s = event["step_s"], event["compute_s"]
+    busy_s = timeline.busy_ns / 1e9
+    return {
+        "step_s": step_s,
+        "predicted_s": timeline.step_ns / 1e9,
+        "lower_bound_s": lower_bound_ns(costs).step_ns / 1e9,
+        "hidden_fraction": 1 - (step_s - compute_s) / busy_s if busy_s else 0.0,
+    }
+
+
+def _ordered(entry: Mapping[str, Any]) -> dict[str, Any]:
+    keys = ["step_s", "predicted_s", "lower_bound_s", "hidden_fraction", "parameters_sha256"]
+    return {key: entry[key] for key in [*keys, "loss"]}
+
+
+def print_comparison(found: Comparison) -> None:
+    """Print the table, and whether the results are the same."""
+    rows = [
+        [
+            name,
+            seconds(entry["step_s"]),
+            seconds(entry["predicted_s"]),
+            seconds(entry["lower_bound_s"]),
+            f"{entry['hidden_fraction']:.0%}",
+        ]
+        for name, entry in found.strategies.items()
+    ]
+    header = ["strategy", "measured step", "predicted step", "lower bound", "hidden"]
+    print(table(header, rows))
+    costs = Costs.from_json(found.costs)
+    compute_ns = sum(layer.forward_ns + layer.backward_ns for layer in costs.layers)
+    print(
+        "hidden: the share of transfer that cost no time (below 0: waiting cost more than that);\n"
+        f"at most the {seconds(compute_ns / 1e9)} that a step computes can hide any"
+    )
+    hashes = {entry["parameters_sha256"] for entry in found.strategies.values()}
+    if len(hashes) == 1:
+        print(f"parameters: bit-identical under every strategy, sha256 {hashes.pop()[:16]}")
+    else:
+        print("parameters: NOT the same under every strategy; please report this as a bug")

@@ -1,0 +1,114 @@
+"""``dynacomm plan``: what each strategy makes of a cost table, without any training."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from dynacomm_async.cli.output import check_writable, print_json, say, seconds, table
+from dynacomm_async.cli.timeline import draw_timeline
+from dynacomm_async.errors import ConfigError
+from dynacomm_async.observe import TimelineEntry, check_plotting, plot_timelines
+from dynacomm_async.schedule import (
+    PLANNERS,
+    Costs,
+    evaluate,
+    find_planner,
+    lower_bound_ns,
+    make_plan,
+)
+
+__all__ = ["add_arguments", "command", "describe_plan", "read_costs"]
+
+EXAMPLE = "dynacomm plan costs.json --strategy all"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``plan``."""
+    parser.add_argument("costs", type=Path, metavar="costs.json", help="from `dynacomm profile`")
+    parser.add_argument(
+        "--strategy",
+        default="all",
+        metavar="NAME",
+        help=f"all, or one of {', '.join(PLANNERS)} (default: all)",
+    )
+    parser.add_argument(
+        "--timeline", action="store_true", help="draw each strategy's step, predicted, as text"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="draw each strategy's step, predicted"
+    )
+    parser.add_argument("--json", action="store_true", help="print as JSON")
+
+
+def command(args: argparse.Namespace) -> int:
+    """Plan, and print the plans."""
+    if args.strategy != "all":
+        find_planner(args.strategy)
+    names = list(PLANNERS) if args.strategy == "all" else [args.strategy]
+    if args.plot is not None:
+        check_plotting()
+        check_writable(args.plot)
+    costs = read_costs(args.costs)
+    plans = [describe_plan(name, costs) for name in names]
+    if args.plot is not None:
+        timelines = [evaluate(make_plan(name, costs), costs) for name in names]
+        plot_timelines(
+            [TimelineEntry(*pair) for pair in zip(names, timelines, strict=True)], args.plot
+        )
+        say(f"drawn in {args.plot}")
+    if args.json:
+        print_json(plans)
+        return 0
+    rows = [
+        [
+            plan["strategy"],
+            str(len(plan["pull"])),
+            str(len(plan["push"])),
+            seconds(plan["forward_s"]),
+            seconds(plan["backward_s"]),
+            seconds(plan["step_s"]),
+            f"{plan['step_s'] / plan['lower_bound_s']:.3f}" if plan["lower_bound_s"] else "-",
+        ]
+        for plan in plans
+    ]
+    header = ["strategy", "pulls", "pushes", "forward", "backward", "step", "x lower bound"]
+    print(table(header, rows))
+    bound = lower_bound_ns(costs)
+    print(f"lower bound {seconds(bound.step_ns / 1e9)} ({bound.name})")
+    for name in names if args.timeline else ():
+        print(f"\n{name}\n{draw_timeline(evaluate(make_plan(name, costs), costs))}")
+    return 0
+
+
+def read_costs(path: Path) -> Costs:
+    """Return the cost table in a file.
+
+    Raises:
+        ConfigError: no such file, or not a cost table; the sentence says what is wrong.
+    """
+    try:
+        return Costs.from_json(json.loads(path.read_text()))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except (ValueError, RecursionError) as error:  # no text, no JSON, or beyond all reason
+        raise ConfigError(f"{path} is not JSON: {error}") from error
+
+
+def describe_plan(strategy: str, costs: Costs) -> dict[str, Any]:
+    """Return a strategy's plan and what it promises, in seconds."""
+    plan = find_planner(strategy)(costs)
+    timeline = evaluate(plan, costs)
+    return {
+        "strategy": strategy,
+        "pull": [[segment.first, segment.last] for segment in plan.pull],
+        "push": [[segment.first, segment.last] for segment in plan.push],
+        "forward_s": timeline.forward_ns / 1e9,
+        "backward_s": timeline.backward_ns / 1e9,
+        "step_s": timeline.step_ns / 1e9,
+        "lower_bound_s": lower_bound_ns(costs).step_ns / 1e9,
+    }

@@ -1,0 +1,154 @@
+"""``dynacomm serve``: the parameter server of a run."""
+
+from __future__ import annotations
+
+import argparse
+import socket
+from pathlib import Path
+
+import numpy as np
+
+from dynacomm_async.addresses import Address, parse_address
+from dynacomm_async.cli.output import (
+    Progress,
+    check_writable,
+    decimal,
+    emit,
+    print_json,
+    say,
+    say_if_diverged,
+)
+from dynacomm_async.cli.signals import run
+from dynacomm_async.cli.workload import (
+    Workload,
+    add_run_arguments,
+    add_strategy_argument,
+    load_workload,
+    settings_of,
+    steps_of,
+    training_of,
+    training_options,
+)
+from dynacomm_async.server import ParameterServer, RunResult, StepRecord
+from dynacomm_async.worker import DEFAULT_PORT, layer_specs
+
+__all__ = ["add_arguments", "add_output_arguments", "command"]
+
+EXAMPLE = "dynacomm serve --workers 2 --epochs 20 --listen 127.0.0.1:7070"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``serve``."""
+    add_run_arguments(parser)
+    add_strategy_argument(parser)
+    parser.add_argument(
+        "--listen",
+        default=f"127.0.0.1:{DEFAULT_PORT}",
+        metavar="HOST:PORT",
+        help="where workers connect; port 0 picks a free one (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--insecure",
+        action="store_true",
+        help="allow --listen on an address that other machines reach, without authentication",
+    )
+    parser.add_argument("--run", metavar="ID", help="id of the run (default: random)")
+    add_output_arguments(parser)
+    parser.add_argument("--events", action="store_true", help=argparse.SUPPRESS)
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--save`` and ``--json``."""
+    parser.add_argument(
+        "--save", type=Path, metavar="FILE.npz", help="write the trained layers here, by name"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def command(args: argparse.Namespace) -> int:
+    """Run a server until its run has ended."""
+    if args.save is not None:
+        check_writable(args.save)
+    settings = settings_of(args, args.strategy)
+    workload = load_workload(settings)
+    steps = steps_of(args, workload)
+    result = run(_serve(args, settings, workload, steps))
+    accuracy = workload.accuracy(result.parameters, result.statistics)
+    if args.save is not None:
+        _save(args.save, workload, result)
+    _print_result(args, result, accuracy)
+    return 0
+
+
+async def _serve(
+    args: argparse.Namespace, settings: dict[str, object], workload: Workload, steps: int
+) -> RunResult:
+    progress = Progress("step", steps)
+
+    def on_step(record: StepRecord) -> None:
+        if args.events:
+            emit("step", index=record.index, loss=record.loss, images=record.images)
+        progress.update(record.index + 1, loss=record.loss, images=record.images)
+
+    async with ParameterServer(
+        layer_specs(workload.network),
+        workers=args.workers,
+        steps=steps,
+        training=training_of(training_options(args), steps),
+        initial=workload.network.initialise(args.seed),
+        initial_statistics=workload.network.initial_statistics(),
+        settings=settings,
+        run=args.run,
+        listen=parse_address(args.listen, port=DEFAULT_PORT),
+        insecure=args.insecure,
+        on_step=on_step,
+    ) as server:
+        if args.events:
+            emit("listening", address=str(server.address))
+        else:
+            memory = (server.memory_nbytes or 0) / 2**20
+            reachable = _reachable(server.address)
+            say(
+                f"run {server.run}: listening on {server.address}, holding {memory:.1f} MiB; "
+                f"waiting for {args.workers} x `dynacomm work --server {reachable}`"
+            )
+        try:
+            return await server.finished()
+        finally:
+            progress.close()
+
+
+def _reachable(address: Address) -> Address:
+    """Return what workers may call this server: its machine's name where it listens everywhere."""
+    everywhere = address.host in ("0.0.0.0", "::")
+    return Address(socket.gethostname(), address.port) if everywhere else address
+
+
+def _save(path: Path, workload: Workload, result: RunResult) -> None:
+    start = 0
+    layers = {}
+    for layer in workload.network.layers:
+        layers[layer.name] = result.parameters[start : start + layer.count]
+        start += layer.count
+    np.savez(path, **layers, statistics=result.statistics)  # type: ignore[arg-type]
+
+
+def _print_result(args: argparse.Namespace, result: RunResult, accuracy: float) -> None:
+    summary = {
+        "steps": result.steps,
+        "parameters_sha256": result.parameters_sha256,
+        "loss": result.losses[-1],
+        "test_accuracy": accuracy,
+    }
+    if not args.events:
+        say_if_diverged(result.losses[-1])
+    if args.events:
+        emit("result", **summary)
+    elif args.json:
+        print_json(summary)
+    else:
+        print(
+            f"{result.steps} steps, loss {decimal(result.losses[-1])}, "
+            f"test accuracy {accuracy:.4f}, "
+            f"parameters sha256 {result.parameters_sha256[:16]}"
+        )

@@ -1,0 +1,136 @@
+"""``dynacomm train``: a server and its workers, all on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+from dynacomm_async.addresses import parse_address
+from dynacomm_async.cli.children import Children, Event
+from dynacomm_async.cli.links import start_links
+from dynacomm_async.cli.output import Progress, check_writable, decimal, print_json
+from dynacomm_async.cli.serve import add_output_arguments
+from dynacomm_async.cli.signals import run
+from dynacomm_async.cli.workload import (
+    add_run_arguments,
+    add_strategy_argument,
+    check_run,
+)
+from dynacomm_async.link.options import add_setting_arguments, settings_from
+from dynacomm_async.link.settings import LinkSettings
+
+__all__ = ["add_arguments", "command", "train_locally"]
+
+EXAMPLE = "dynacomm train --model resnet20 --data cifar10 --data-dir ./cifar --epochs 10"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``train``."""
+    add_run_arguments(parser)
+    add_strategy_argument(parser)
+    add_setting_arguments(parser)
+    add_output_arguments(parser)
+
+
+def command(args: argparse.Namespace) -> int:
+    """Train, and print the result."""
+    if args.save is not None:
+        check_writable(args.save)
+    link = settings_from(args)
+    result = train_locally(args, args.strategy, None if link == LinkSettings() else link)
+    if args.json:
+        print_json(result)
+    else:
+        print(
+            f"{result['steps']} steps, loss {decimal(result['loss'])}, "
+            f"test accuracy {result['test_accuracy']:.4f}, "
+            f"parameters sha256 {result['parameters_sha256'][:16]}"
+        )
+    return 0
+
+
+def train_locally(
+    args: argparse.Namespace, strategy: str, link: LinkSettings | None
+) -> Mapping[str, Any]:
+    """Start a server, links and workers as processes, wait for the end, return the result.
+
+    Args:
+        args: as :func:`dynacomm_async.cli.workload.add_run_arguments` adds them.
+        strategy: name of the scheduling strategy.
+        link: what lies between server and workers; None: nothing but loopback.
+
+    Raises:
+        DynaCommError: a setting is wrong, or a process failed.
+    """
+    _, steps = check_run(args, strategy)  # fail here, with one line, rather than in a child
+    return run(_train(args, strategy, steps, link))
+
+
+async def _train(
+    args: argparse.Namespace, strategy: str, steps: int, link: LinkSettings | None
+) -> Mapping[str, Any]:
+    loop = asyncio.get_running_loop()
+    address: asyncio.Future[str] = loop.create_future()
+    result: asyncio.Future[Mapping[str, Any]] = loop.create_future()
+    progress = Progress("training: step", steps)
+
+    def on_server_event(event: Event) -> None:
+        if event["event"] == "listening":
+            address.set_result(event["address"])
+        elif event["event"] == "step":
+            progress.update(event["index"] + 1, loss=event["loss"], images=event["images"])
+        elif event["event"] == "result":
+            result.set_result({key: event[key] for key in event if key != "event"})
+
+    module = "dynacomm_async.cli.main"
+    async with contextlib.AsyncExitStack() as stack:
+        children = await stack.enter_async_context(Children())
+        stack.callback(progress.close)
+        options = _serve_options(args, strategy, steps)
+        await children.start("server", module, "serve", *options, on_event=on_server_event)
+        server = parse_address(await children.wait_for(address))
+        targets = [server] * args.workers
+        if link is not None:
+            (links,) = await start_links(stack, link, [server], args.workers)
+            targets = [process.address for process in links]
+        for number, target in enumerate(targets):
+            await children.start(
+                f"worker {number}",
+                module,
+                "work",
+                "--server",
+                str(target),
+                "--events",
+                on_event=lambda event: None,
+            )
+        await children.wait_for(result)
+        await children.wait_all()
+    return result.result()
+
+
+def _serve_options(args: argparse.Namespace, strategy: str, steps: int) -> list[str]:
+    options = [
+        f"--model={args.model}",
+        f"--data={args.data}",
+        f"--batch={args.batch}",
+        f"--seed={args.seed}",
+        f"--workers={args.workers}",
+        f"--steps={steps}",
+        f"--rate={args.rate}",
+        f"--rate-schedule={args.rate_schedule}",
+        f"--rule={args.rule}",
+        f"--weight-decay={args.weight_decay}",
+        f"--strategy={strategy}",
+        "--listen=127.0.0.1:0",
+        "--events",
+    ]
+    if args.data_dir is not None:
+        options.append(f"--data-dir={args.data_dir}")
+    if args.augment is not None:
+        options.append(f"--augment={args.augment}")
+    if getattr(args, "save", None) is not None:
+        options.append(f"--save={args.save}")
+    return options

@@ -1,0 +1,277 @@
+"""What a run trains on what: the settings that a server tells its workers, and what they mean."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dynacomm_async.data import Batches, Dataset, load, parse_shift, shift_images
+from dynacomm_async.errors import ConfigError
+from dynacomm_async.models import build
+from dynacomm_async.nn import Network
+from dynacomm_async.optim import parse_rule, parse_schedule
+from dynacomm_async.schedule import PLANNERS, find_planner
+from dynacomm_async.server import Training
+from dynacomm_async.worker import DEFAULT_STRATEGY
+
+__all__ = [
+    "Workload",
+    "add_model_arguments",
+    "add_run_arguments",
+    "add_strategy_argument",
+    "check_run",
+    "load_workload",
+    "number",
+    "positive",
+    "settings_of",
+    "steps_of",
+    "training_of",
+    "training_options",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A model, its data, and who sees which of them when.
+
+    Attributes:
+        network: the model.
+        train: what it learns from.
+        test: what it is judged by.
+        batches: how the training data are dealt out.
+    """
+
+    network: Network
+    train: Dataset
+    test: Dataset
+    batches: Batches
+    _seed: int
+    _shift: int
+
+    def batch(self, slot: int, step: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Return the images and labels of a worker's step, a pure function of the two."""
+        indices = self.batches.indices(slot, step)
+        images = self.train.images[indices]
+        if self._shift:
+            epoch = step // self.batches.steps_per_epoch
+            images = shift_images(images, indices, most=self._shift, seed=self._seed, epoch=epoch)
+        return images, self.train.labels[indices]
+
+    def accuracy(self, parameters: NDArray[np.float32], statistics: NDArray[np.float32]) -> float:
+        """Return the share of test images that are classified rightly."""
+        engine = self.network.bind(
+            min(256, len(self.test)), parameters=parameters, statistics=statistics
+        )
+        _, correct = engine.evaluate(self.test.images, self.test.labels)
+        return correct / len(self.test)
+
+
+def positive(text: str) -> int:
+    """Return a whole number from 1, for argparse."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return number
+
+
+def number(text: str) -> float:
+    """Return a finite number from 0, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0")
+    return value
+
+
+def _seed(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every command with a model takes."""
+    group = parser.add_argument_group("model and data")
+    group.add_argument(
+        "--model",
+        default="lenet",
+        metavar="M",
+        help="a name that `dynacomm models` lists, or package.module:function for your own "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--data",
+        default="digits",
+        metavar="NAME",
+        help="digits, mnist, cifar10, synthetic or synthetic:TRAIN:TEST (default: %(default)s)",
+    )
+    group.add_argument("--data-dir", type=Path, metavar="DIR", help="where mnist or cifar10 lie")
+    group.add_argument(
+        "--augment",
+        metavar="HOW",
+        help="none or shift:PIXELS (default: shift:2 for digits, none otherwise)",
+    )
+    group.add_argument(
+        "--batch",
+        type=positive,
+        default=32,
+        metavar="B",
+        help="images of one worker in one step (default: %(default)s)",
+    )
+    group.add_argument(
+        "--seed",
+        type=_seed,
+        default=0,
+        metavar="S",
+        help="of weights, batches and shifts (default: %(default)s)",
+    )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, *, steps: int = 200) -> None:
+    """Add what every command that trains takes."""
+    add_model_arguments(parser)
+    group = parser.add_argument_group("training")
+    group.add_argument(
+        "--workers", type=positive, default=2, metavar="N", help="ranks (default: 2)"
+    )
+    length = group.add_mutually_exclusive_group()
+    length.add_argument(
+        "--steps", type=positive, metavar="K", help=f"updates of the model (default: {steps})"
+    )
+    length.add_argument("--epochs", type=positive, metavar="E", help="passes over the data")
+    group.add_argument(
+        "--rate", type=number, default=0.02, metavar="R", help="learning rate (default: 0.02)"
+    )
+    group.add_argument(
+        "--rate-schedule",
+        default="constant",
+        metavar="HOW",
+        help="constant, cosine, step:EVERY:FACTOR, each with ,warmup:STEPS (default: constant)",
+    )
+    group.add_argument(
+        "--rule",
+        default="momentum:0.9",
+        metavar="RULE",
+        help="sgd, momentum:M, nesterov:M, adam or adamw (default: %(default)s)",
+    )
+    group.add_argument(
+        "--weight-decay", type=number, default=1e-4, metavar="D", help="(default: 0.0001)"
+    )
+    parser.set_defaults(default_steps=steps)
+
+
+def add_strategy_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--strategy``."""
+    parser.add_argument(
+        "--strategy",
+        default=DEFAULT_STRATEGY,
+        metavar="NAME",
+        help=f"{', '.join(PLANNERS)} (default: %(default)s)",
+    )
+
+
+def settings_of(args: argparse.Namespace, strategy: str) -> dict[str, Any]:
+    """Return what workers are told of the run.
+
+    Raises:
+        ConfigError: no such strategy or augmentation.
+    """
+    find_planner(strategy)
+    augment = args.augment or ("shift:2" if args.data == "digits" else "none")
+    parse_shift(augment)
+    return {
+        "model": args.model,
+        "data": args.data,
+        "data_dir": None if args.data_dir is None else str(args.data_dir.absolute()),
+        "augment": augment,
+        "batch": args.batch,
+        "seed": args.seed,
+        "workers": args.workers,
+        "strategy": strategy,
+    }
+
+
+def load_workload(settings: Mapping[str, Any], data_dir: Path | None = None) -> Workload:
+    """Build the model and read the data that settings name.
+
+    Args:
+        data_dir: replaces the folder in the settings.
+
+    Raises:
+        ConfigError: settings are missing (the server is embedded in something else), or one of
+            them names what is not there.
+    """
+    try:
+        model, data, batch = settings["model"], settings["data"], settings["batch"]
+        seed, workers, augment = settings["seed"], settings["workers"], settings["augment"]
+    except KeyError as error:
+        raise ConfigError(
+            f"the server does not say which {error.args[0]} to use: it was not started by "
+            "`dynacomm serve`, so its own workers must be used"
+        ) from None
+    network = build(model)
+    if network.statistics and batch < 2:
+        raise ConfigError(
+            f"{model} has batch norm, and a batch of {batch} image has no statistics: "
+            "expected --batch of at least 2"
+        )
+    height, width, channels = network.input_shape
+    folder = data_dir or (Path(settings["data_dir"]) if settings.get("data_dir") else None)
+    train, test = load(
+        data,
+        folder=folder,
+        input_shape=(height, width, channels),
+        classes=network.classes,
+        seed=seed,
+    )
+    batches = Batches(len(train), workers=workers, batch=batch, seed=seed)
+    return Workload(network, train, test, batches, seed, parse_shift(augment))
+
+
+def steps_of(args: argparse.Namespace, workload: Workload) -> int:
+    """Return how many steps the command line asks for."""
+    if args.epochs is not None:
+        return int(args.epochs * workload.batches.steps_per_epoch)
+    return int(args.steps or args.default_steps)
+
+
+def check_run(args: argparse.Namespace, strategy: str) -> tuple[dict[str, Any], int]:
+    """Return what workers are told and the number of steps, once all of it has been tried.
+
+    Raises:
+        ConfigError: a setting is wrong, or names what is not there.
+    """
+    settings = settings_of(args, strategy)
+    steps = steps_of(args, load_workload(settings))
+    training_of(training_options(args), steps)
+    return settings, steps
+
+
+def training_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that :func:`training_of` reads, as plain values."""
+    names = ("rule", "rate_schedule", "rate", "weight_decay")
+    return {name: getattr(args, name) for name in names}
+
+
+def training_of(options: Mapping[str, Any], steps: int) -> Training:
+    """Return how the server updates.
+
+    Raises:
+        ConfigError: no such rule or rate schedule.
+    """
+    return Training(
+        parse_rule(options["rule"]),
+        parse_schedule(options["rate_schedule"], base=options["rate"], steps=steps),
+        options["weight_decay"],
+    )

@@ -1,0 +1,28 @@
+"""Model definitions, the table that finds them by name, and cost tables that follow from them."""
+
+from __future__ import annotations
+
+from dynacomm_async.models.costs import costs_of
+from dynacomm_async.models.googlenet import googlenet
+from dynacomm_async.models.inception_v4 import inception_v4
+from dynacomm_async.models.lenet import lenet, lenet_smooth
+from dynacomm_async.models.mlp import mlp
+from dynacomm_async.models.resnet import resnet20, resnet152
+from dynacomm_async.models.table import MODELS, ModelFunction, build
+from dynacomm_async.models.vgg import vgg19, vgg_small
+
+__all__ = [
+    "MODELS",
+    "ModelFunction",
+    "build",
+    "costs_of",
+    "googlenet",
+    "inception_v4",
+    "lenet",
+    "lenet_smooth",
+    "mlp",
+    "resnet20",
+    "resnet152",
+    "vgg19",
+    "vgg_small",
+]

@@ -1,0 +1,207 @@
+"""A network at one batch size: computes steps in arenas that may be the caller's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dynacomm_async.errors import ShapeError
+from dynacomm_async.nn.graph import Operator
+from dynacomm_async.nn.hooks import Hooks
+from dynacomm_async.nn.kernels import softmax_cross_entropy
+from dynacomm_async.nn.memory import Arenas, Array, Memory
+
+if TYPE_CHECKING:
+    from dynacomm_async.nn.network import Network
+
+__all__ = ["MOMENTUM", "Engine"]
+
+MOMENTUM = 0.1
+"""Weight of the newest batch in running statistics."""
+
+
+class Engine:
+    """Runs a :class:`Network`; made by :meth:`Network.bind`.
+
+    One thread at a time may use it. The same images, labels and parameters give the same bits,
+    wherever the arenas lie in memory.
+
+    Attributes:
+        network, batch: what it was bound for.
+        parameters: 1-D; read by every call.
+        gradients: 1-D; :meth:`backward` and :meth:`step` overwrite it.
+        statistics: 1-D; read in evaluation only, never written by a step.
+        batch_statistics: 1-D; mean and unbiased variance of the last training batch.
+        loss: of the last :meth:`step`, set before ``after_forward`` of the last layer is called.
+    """
+
+    def __init__(self, network: Network, batch: int, arenas: Arenas) -> None:
+        self.network = network
+        self.batch = batch
+        self.parameters = arenas.parameters
+        self.gradients = arenas.gradients
+        self.statistics = arenas.statistics
+        self.batch_statistics = arenas.batch_statistics
+        memory = Memory(network.nodes, network.input, batch, arenas)
+        self._input = memory.value(network.input)
+        self._layers: list[list[Operator]] = [
+            [node.layer.plan(node, memory) for node in nodes] for nodes in network.layer_nodes
+        ]
+        self._logits = memory.value(network.output)
+        self._gradient = memory.gradient(network.output)
+        self._norm = next((node.name for node in network.nodes if node.layer.normalises), None)
+        self._ready = False
+        self.loss = 0.0
+
+    def forward(self, images: Array, *, hooks: Hooks | None = None) -> Array:
+        """Logits (N, classes) for a training batch, with batch statistics.
+
+        Args:
+            images: (N, H, W, C) with N the bound batch; copied.
+
+        Returns:
+            A view, valid until the next call.
+
+        Raises:
+            ShapeError: images of the wrong shape or dtype, or one image with batch norm.
+        """
+        self._check_training(images)
+        self._run_forward(images, None, hooks)
+        return self._logits
+
+    def backward(self, gradient: Array, *, hooks: Hooks | None = None) -> None:
+        """Overwrite the gradients with those of the last :meth:`forward`.
+
+        Args:
+            gradient: (N, classes) of some loss by the logits; copied.
+
+        Raises:
+            ShapeError: the gradient does not fit, or there was no forward.
+        """
+        if not self._ready:
+            raise ShapeError(f"model {self.network.name}: backward needs a forward before it")
+        self._check("gradient", gradient, self._gradient.shape)
+        np.copyto(self._gradient, gradient)
+        self._run_backward(hooks)
+
+    def step(
+        self, images: Array, labels: NDArray[np.integer[Any]], hooks: Hooks | None = None
+    ) -> float:
+        """Forward and backward of one training batch.
+
+        Args:
+            images: (N, H, W, C) with N the bound batch; copied.
+            labels: (N,) integers from 0 to classes - 1.
+
+        Returns:
+            Mean softmax cross-entropy; its gradient is in :attr:`gradients`.
+
+        Raises:
+            ShapeError: as :meth:`forward`, or labels that do not fit.
+        """
+        checked = self._check_labels(labels, len(images))
+        self._check_training(images)
+        self._run_forward(images, checked, hooks)
+        self._run_backward(hooks)
+        return self.loss
+
+    def predict(self, images: Array) -> Array:
+        """Logits (M, classes) in evaluation mode, for any number M of images.
+
+        Running statistics are used. More images than the bound batch are worked off a batch at a
+        time; a last part is filled up with zeros.
+        """
+        self._check("images", images, (len(images), *self.network.input_shape))
+        self._ready = False
+        logits = np.empty((len(images), self.network.classes), self._logits.dtype)
+        for start in range(0, len(images), self.batch):
+            part = images[start : start + self.batch]
+            np.copyto(self._input[: len(part)], part)
+            self._input[len(part) :] = 0
+            for operators in self._layers:
+                for operator in operators:
+                    operator.forward(False)
+            logits[start : start + len(part)] = self._logits[: len(part)]
+        return logits
+
+    def evaluate(self, images: Array, labels: NDArray[np.integer[Any]]) -> tuple[float, int]:
+        """Mean loss and number of right answers in evaluation mode, for any number of images.
+
+        Raises:
+            ShapeError: images or labels that do not fit, or no images at all.
+        """
+        if len(images) == 0:
+            raise ShapeError(f"model {self.network.name}: no images to evaluate, expected some")
+        checked = self._check_labels(labels, len(images))
+        logits = self.predict(images)
+        losses = softmax_cross_entropy(logits, checked)
+        correct = int(np.count_nonzero(logits.argmax(axis=1) == checked))
+        return float(losses.mean(dtype=np.float64)), correct
+
+    def move_statistics(self, momentum: float = MOMENTUM) -> None:
+        """Move the running statistics towards the last batch's: for use in a single process."""
+        self.statistics *= 1 - momentum
+        self.statistics += momentum * self.batch_statistics
+
+    def _run_forward(
+        self, images: Array, labels: NDArray[np.int64] | None, hooks: Hooks | None
+    ) -> None:
+        self._ready = False
+        last = len(self._layers) - 1
+        for index, operators in enumerate(self._layers):
+            if hooks is not None:
+                hooks.before_forward(index)
+            if index == 0:
+                np.copyto(self._input, images)
+            for operator in operators:
+                operator.forward(True)
+            if index == last and labels is not None:
+                losses = softmax_cross_entropy(self._logits, labels, self._gradient)
+                self.loss = float(losses.mean(dtype=np.float64))
+            if hooks is not None:
+                hooks.after_forward(index)
+        self._ready = True
+
+    def _run_backward(self, hooks: Hooks | None) -> None:
+        self._ready = False
+        for index in range(len(self._layers) - 1, -1, -1):
+            if hooks is not None:
+                hooks.before_backward(index)
+            for operator in reversed(self._layers[index]):
+                operator.backward()
+            if hooks is not None:
+                hooks.after_backward(index)
+
+    def _check_training(self, images: Array) -> None:
+        """Raises ShapeError if these images are no training batch."""
+        self._check("images", images, (self.batch, *self.network.input_shape))
+        if self._norm is not None and self.batch < 2:
+            raise ShapeError(
+                f"layer {self._norm}: a batch of 1 image has no batch statistics, "
+                f"expected at least 2 to train with batch norm"
+            )
+
+    def _check(self, what: str, array: Array, shape: tuple[int, ...]) -> None:
+        """Raises ShapeError naming the layer that would read ``array``: the first or the last."""
+        layer = self.network.layers[0 if what == "images" else -1].name
+        if array.shape != shape or array.dtype != self._logits.dtype:
+            raise ShapeError(
+                f"layer {layer}: {what} have shape {array.shape} and dtype {array.dtype}, "
+                f"expected {shape} and {self._logits.dtype}"
+            )
+
+    def _check_labels(self, labels: NDArray[np.integer[Any]], count: int) -> NDArray[np.int64]:
+        layer, classes = self.network.layers[-1].name, self.network.classes
+        if labels.shape != (count,) or labels.dtype.kind not in "iu":
+            raise ShapeError(
+                f"layer {layer}: labels have shape {labels.shape} and dtype {labels.dtype}, "
+                f"expected ({count},) integers"
+            )
+        if count and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+            raise ShapeError(
+                f"layer {layer}: labels run from {labels.min()} to {labels.max()}, "
+                f"expected 0 to {classes - 1}"
+            )
+        return labels.astype(np.int64)

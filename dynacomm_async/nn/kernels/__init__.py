@@ -1,0 +1,39 @@
+"""Kernels of the engine: functions of plain arrays that know neither layers nor networks."""
+
+from __future__ import annotations
+
+from dynacomm_async.nn.kernels.blocks import Block, columns_needed, plan_blocks
+from dynacomm_async.nn.kernels.convolution import (
+    Phase,
+    input_phases,
+    phase_border,
+    rotate_weights,
+)
+from dynacomm_async.nn.kernels.elementwise import column_sums, image_groups, mask_positive
+from dynacomm_async.nn.kernels.loss import softmax_cross_entropy
+from dynacomm_async.nn.kernels.pooling import (
+    Tap,
+    clipped_taps,
+    pool_maximum,
+    unpool_maximum,
+    window_taps,
+)
+
+__all__ = [
+    "Block",
+    "Phase",
+    "Tap",
+    "clipped_taps",
+    "column_sums",
+    "columns_needed",
+    "image_groups",
+    "input_phases",
+    "mask_positive",
+    "phase_border",
+    "plan_blocks",
+    "pool_maximum",
+    "rotate_weights",
+    "softmax_cross_entropy",
+    "unpool_maximum",
+    "window_taps",
+]

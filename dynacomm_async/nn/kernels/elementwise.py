@@ -1,0 +1,40 @@
+"""Small helpers on arrays of activations."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["GROUP_FLOATS", "column_sums", "image_groups", "mask_positive"]
+
+Array = NDArray[Any]
+
+GROUP_FLOATS = 32_768
+"""Elements worked on at a time, so that several passes over several arrays find them in cache."""
+
+
+def image_groups(shape: tuple[int, ...]) -> list[slice]:
+    """Cut a batch of activations, (N, ...), into groups of about :data:`GROUP_FLOATS` elements."""
+    count = max(1, GROUP_FLOATS // max(1, prod(shape[1:])))
+    return [slice(n, min(n + count, shape[0])) for n in range(0, shape[0], count)]
+
+
+def mask_positive(gradient: Array, activation: Array, mask: Array, out: Array) -> None:
+    """Write ``gradient`` where ``activation`` is positive, else 0, into ``out``.
+
+    All of one shape; ``mask`` is boolean scratch. A comparison and a product are three times as
+    fast as :func:`numpy.where`.
+    """
+    np.greater(activation, 0, out=mask)
+    np.multiply(gradient, mask, out=out)
+
+
+def column_sums(matrix: Array, ones: Array, out: Array) -> None:
+    """Sum (rows, columns) over its rows into ``out`` (columns,), as a product with ``ones``.
+
+    ``ones`` holds at least as many ones as there are rows.
+    """
+    np.matmul(ones[: matrix.shape[0]], matrix, out=out)

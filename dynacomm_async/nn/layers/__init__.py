@@ -1,0 +1,28 @@
+"""The layers that models are defined with, each beside the operator that runs it."""
+
+from __future__ import annotations
+
+from dynacomm_async.nn.layers.activation import ReLU, Tanh
+from dynacomm_async.nn.layers.branches import Branches, Concat
+from dynacomm_async.nn.layers.convolution import Conv2d
+from dynacomm_async.nn.layers.dense import Dense, Flatten
+from dynacomm_async.nn.layers.normalisation import BatchNorm
+from dynacomm_async.nn.layers.pooling import AvgPool, GlobalAvgPool, MaxPool
+from dynacomm_async.nn.layers.residual import Add, PadShortcut, Residual
+
+__all__ = [
+    "Add",
+    "AvgPool",
+    "BatchNorm",
+    "Branches",
+    "Concat",
+    "Conv2d",
+    "Dense",
+    "Flatten",
+    "GlobalAvgPool",
+    "MaxPool",
+    "PadShortcut",
+    "ReLU",
+    "Residual",
+    "Tanh",
+]

@@ -1,0 +1,139 @@
+"""Convolutions, by blocked columns and matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dynacomm_async.errors import ConfigError
+from dynacomm_async.nn.graph import Frame, Layer, Node, Operator, Shape
+from dynacomm_async.nn.kernels import Phase, input_phases, phase_border
+from dynacomm_async.nn.layers.checks import Pair, pair, window_output
+from dynacomm_async.nn.layers.convolution_passes import (
+    ForwardPass,
+    InputPass,
+    MaskPass,
+    WeightsPass,
+)
+from dynacomm_async.nn.layers.initialisers import draw_weights, require_initialiser
+from dynacomm_async.nn.memory import Array, Memory
+
+__all__ = ["Conv2d"]
+
+
+@dataclass(frozen=True)
+class Conv2d(Layer):
+    """Cross-correlation with weights (kh, kw, C, channels), plus a bias.
+
+    Attributes:
+        channels: of the output.
+        kernel: height and width of the window.
+        stride: distance of neighbouring windows.
+        padding: zeros around the input; less than the kernel.
+        bias: whether there is one; leave it out in front of a batch norm.
+        initialiser: "he" or "xavier".
+    """
+
+    channels: int
+    kernel: Pair
+    stride: Pair = 1
+    padding: Pair = 0
+    bias: bool = True
+    initialiser: str = "he"
+
+    kind = "conv"
+    decayed = 1
+    fuses_relu = True
+    fuses_pool = True
+
+    def __post_init__(self) -> None:
+        if self.channels < 1:
+            raise ConfigError(f"a convolution has {self.channels} channels, expected at least 1")
+        kernel, padding = pair(self.kernel, "kernel", 1), pair(self.padding, "padding", 0)
+        pair(self.stride, "stride", 1)
+        if padding[0] >= kernel[0] or padding[1] >= kernel[1]:
+            raise ConfigError(f"padding is {padding}, expected less than the kernel, {kernel}")
+        require_initialiser(self.initialiser)
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """Height and width of the kernel."""
+        return pair(self.kernel, "kernel", 1)
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """Vertical and horizontal stride."""
+        return pair(self.stride, "stride", 1)
+
+    def border(self) -> tuple[int, int]:
+        return pair(self.padding, "padding", 0)
+
+    def output_shape(self, inputs: tuple[Shape, ...]) -> Shape:
+        return *window_output(inputs[0], self.window, self.steps, self.border()), self.channels
+
+    def parameter_shapes(self, inputs: tuple[Shape, ...]) -> tuple[Shape, ...]:
+        weights = (*self.window, inputs[0][2], self.channels)
+        return (weights, (self.channels,)) if self.bias else (weights,)
+
+    def flops(self, inputs: tuple[Shape, ...], output: Shape) -> int:
+        height, width, channels = output
+        kh, kw = self.window
+        return 2 * height * width * channels * kh * kw * inputs[0][2]
+
+    def initialise(self, parameters: Sequence[Array], generator: np.random.Generator) -> None:
+        weights = parameters[0]
+        kh, kw, fan_in, fan_out = weights.shape
+        draw_weights(weights, (kh * kw * fan_in, kh * kw * fan_out), self.initialiser, generator)
+        for bias in parameters[1:]:
+            bias[...] = 0
+
+    def phases(self, shape: Shape) -> tuple[list[Phase], list[Phase]]:
+        """Vertical and horizontal phases of an input of ``shape``."""
+        vertical, horizontal = (
+            input_phases(*numbers)
+            for numbers in zip(shape[:2], self.window, self.steps, self.border(), strict=True)
+        )
+        return vertical, horizontal
+
+    def frame(self, node: Node) -> Frame | None:
+        """What the input's gradient, as a convolution, reads around the output's."""
+        vertical, horizontal = self.phases(node.inputs[0].shape)
+        height, width, _ = node.raw_shape
+        return Frame(*phase_border(vertical, height), *phase_border(horizontal, width))
+
+    def plan(self, node: Node, memory: Memory) -> Operator:
+        return _ConvolutionOperator(node, self, memory)
+
+
+class _ConvolutionOperator:
+    def __init__(self, node: Node, layer: Conv2d, memory: Memory) -> None:
+        sink = memory.sink(node.inputs[0])
+        raw = (memory.batch, *node.raw_shape)
+        unpooled = memory.value(node.output) if node.pool is None else np.empty(raw, memory.dtype)
+        self._forward = ForwardPass(node, layer, memory, unpooled)
+        frame, gradient = self._gradient_frame(node, layer, memory)
+        self._mask = MaskPass(node, memory, self._forward, gradient) if frame is not None else None
+        if frame is None:
+            frame = memory.frame(node.output)
+        self._weights = WeightsPass(node, layer, memory, gradient)
+        self._input = InputPass(node, layer, memory, frame, sink) if sink else None
+
+    @staticmethod
+    def _gradient_frame(node: Node, layer: Conv2d, memory: Memory) -> tuple[Array | None, Array]:
+        """A frame of the operator's own where it masks, and the gradient before activation."""
+        frame = layer.frame(node)
+        if frame is not None and (node.relu or node.pool):
+            return memory.make_frame(frame, node.raw_shape)
+        return None, memory.gradient(node.output)
+
+    def forward(self, training: bool) -> None:
+        self._forward.run()
+
+    def backward(self) -> None:
+        if self._mask is not None:
+            self._mask.run()
+        self._weights.run()
+        if self._input is not None:
+            self._input.run()

@@ -1,0 +1,214 @@
+"""Batch normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from dynacomm_async.errors import ConfigError
+from dynacomm_async.nn.graph import Layer, Node, Operator, Shape
+from dynacomm_async.nn.kernels import column_sums, image_groups, mask_positive
+from dynacomm_async.nn.memory import Array, Memory, Sink
+
+__all__ = ["BatchNorm"]
+
+
+@dataclass(frozen=True)
+class BatchNorm(Layer):
+    """gamma * (x - mean) / sqrt(variance + epsilon) + beta, for each channel.
+
+    Ioffe and Szegedy, "Batch Normalization" (arXiv 1502.03167). In training mean and variance are
+    those of the batch, in evaluation the running ones. Behind a convolution or a dense layer it
+    belongs to that scheduled layer.
+
+    Attributes:
+        epsilon: keeps the division from zero.
+    """
+
+    epsilon: float = 1e-5
+
+    kind = "norm"
+    normalises = True
+    fuses_relu = True
+
+    def __post_init__(self) -> None:
+        if not self.epsilon > 0:
+            raise ConfigError(f"epsilon is {self.epsilon}, expected more than 0")
+
+    def parameter_shapes(self, inputs: tuple[Shape, ...]) -> tuple[Shape, ...]:
+        channels = inputs[0][-1]
+        return (channels,), (channels,)
+
+    def statistics(self, inputs: tuple[Shape, ...]) -> int:
+        return 2 * inputs[0][-1]
+
+    def initialise(self, parameters: Sequence[Array], generator: np.random.Generator) -> None:
+        gamma, beta = parameters
+        gamma[...] = 1
+        beta[...] = 0
+
+    def plan(self, node: Node, memory: Memory) -> Operator:
+        return _BatchNormOperator(node, self, memory)
+
+
+class _Group(NamedTuple):
+    """Some images; 1-D arrays unless said otherwise."""
+
+    x: Array
+    load: tuple[Array, Array] | None
+    """Where the input is not contiguous: ``x`` in the input's shape, and the input."""
+    y: Array
+    """View of the output, (n, ...)."""
+    dy: Array
+    """View of the output's gradient; masked in place."""
+    shaped_dy: Array
+    mask: Array
+    """Scratch of the shape of ``y``."""
+    t: Array
+    shaped_t: Array
+    u: Array
+    sink: Array | None
+    """Where the gradient of the input goes, (n, ...)."""
+
+
+class _BatchNormOperator:
+    """Works on groups of images that stay in cache.
+
+    Factors and offsets of the channels are laid out as long as a group, so that every pass is one
+    run over contiguous memory. Sums are products of a row of ones with (n * H, W * C); the W sums
+    of each channel are then added up.
+    """
+
+    def __init__(self, node: Node, layer: BatchNorm, memory: Memory) -> None:
+        shape = node.raw_shape
+        self._channels = channels = shape[-1]
+        height, width = (shape[0], shape[1]) if len(shape) == 3 else (1, 1)
+        self._run = width * channels
+        self._epsilon = memory.dtype.type(layer.epsilon)
+        self._count = memory.dtype.type(memory.batch * height * width)
+        self._relu = node.relu
+        self._parameters = memory.parameters(node)
+        self._parameter_gradients = memory.parameter_gradients(node)
+        self._running, self._of_batch = memory.statistics(node)
+        self._sink = memory.sink(node.inputs[0])
+        groups = image_groups((memory.batch, *shape))
+        size = (groups[0].stop - groups[0].start) * height * self._run
+        self._groups = [self._group(images, node, memory, size) for images in groups]
+        self._ones, self._zeros = memory.ones(size // self._run), memory.zeros(size)
+        self._tiles = [memory.scratch(f"tile {index}", size) for index in range(3)]
+        self._row, self._other, self._part = np.empty((3, self._run), memory.dtype)
+        self._mean, self._variance, self._scale = np.empty((3, channels), memory.dtype)
+
+    def _group(self, images: slice, node: Node, memory: Memory, size: int) -> _Group:
+        source, y = memory.value(node.inputs[0])[images], memory.value(node.output)[images]
+        dy = memory.gradient(node.output)[images]
+        load = None
+        if source.flags.c_contiguous:
+            x = source.reshape(-1)
+        else:
+            x = memory.scratch("norm input", size)[: source.size]
+            load = x.reshape(source.shape), source
+        t = memory.scratch("masked", size)[: y.size]
+        u = memory.scratch("products", size)[: y.size]
+        mask = memory.scratch("mask", size, np.bool_)[: y.size].reshape(y.shape)
+        sink = None if self._sink is None else self._sink.array[images]
+        return _Group(x, load, y, dy.reshape(-1), dy, mask, t, t.reshape(y.shape), u, sink)
+
+    def _tile(self, index: int, values: Array) -> Array:
+        """``values`` (C,), repeated for each pixel of a group; valid while this operator runs."""
+        tile = self._tiles[index]
+        np.copyto(tile.reshape(-1, self._channels), values)
+        return tile
+
+    def _add_rows(self, flat: Array, row: Array, first: bool) -> None:
+        """Add the sums over a group's lines, (W * C,), to ``row``."""
+        matrix = flat.reshape(-1, self._run)
+        column_sums(matrix, self._ones, row if first else self._part)
+        if not first:
+            np.add(row, self._part, out=row)
+
+    def _fold(self, row: Array, out: Array) -> None:
+        np.add.reduce(row.reshape(-1, self._channels), axis=0, out=out)
+
+    def forward(self, training: bool) -> None:
+        if training:
+            self._measure()
+        else:
+            self._mean[...], self._variance[...] = self._running.reshape(2, -1)
+        gamma, beta = self._parameters
+        np.sqrt(self._variance + self._epsilon, out=self._scale)
+        np.divide(1, self._scale, out=self._scale)
+        factor = self._tile(0, gamma * self._scale)
+        offset = self._tile(1, beta - self._mean * gamma * self._scale)
+        for group in self._groups:
+            t, length = group.t, group.t.size
+            np.multiply(_load(group), factor[:length], out=t)
+            np.add(t, offset[:length], out=t)
+            if self._relu:
+                np.maximum(t, self._zeros[:length], out=t)
+            np.copyto(group.y, group.shaped_t)
+
+    def _measure(self) -> None:
+        """Mean and variance of this batch, into the batch statistics too.
+
+        In two passes: the difference of the mean square and the squared mean would cancel.
+        """
+        for index, group in enumerate(self._groups):
+            self._add_rows(_load(group), self._row, index == 0)
+        self._fold(self._row, self._mean)
+        self._mean /= self._count
+        mean = self._tile(0, self._mean)
+        for index, group in enumerate(self._groups):
+            t = group.t
+            np.subtract(_load(group), mean[: t.size], out=t)
+            np.multiply(t, t, out=t)
+            self._add_rows(t, self._row, index == 0)
+        self._fold(self._row, self._variance)
+        of_mean, of_variance = self._of_batch.reshape(2, -1)
+        np.copyto(of_mean, self._mean)
+        np.divide(self._variance, self._count - 1, out=of_variance)
+        self._variance /= self._count
+
+    def backward(self) -> None:
+        gamma_gradient, beta_gradient = self._parameter_gradients
+        mean = self._tile(0, self._mean)
+        for index, group in enumerate(self._groups):
+            t, dy = group.t, group.dy
+            if self._relu:
+                mask_positive(group.shaped_dy, group.y, group.mask, group.shaped_dy)
+            self._add_rows(dy, self._row, index == 0)
+            np.subtract(_load(group), mean[: t.size], out=t)
+            np.multiply(t, dy, out=t)
+            self._add_rows(t, self._other, index == 0)
+        self._fold(self._row, beta_gradient)
+        self._fold(self._other, gamma_gradient)
+        np.multiply(gamma_gradient, self._scale, out=gamma_gradient)
+        if self._sink is not None:
+            self._backward_input(self._sink.accumulate)
+
+    def _backward_input(self, accumulate: bool) -> None:
+        """The input's gradient is a * dy + b * x + c with three numbers for each channel."""
+        gamma, _ = self._parameters
+        gamma_gradient, beta_gradient = self._parameter_gradients
+        slope = gamma * self._scale
+        towards = -slope * self._scale * gamma_gradient / self._count
+        constant = -slope * beta_gradient / self._count - towards * self._mean
+        a, b, c = self._tile(0, slope), self._tile(1, towards), self._tile(2, constant)
+        for group in self._groups:
+            t, u, length = group.t, group.u, group.t.size
+            np.multiply(_load(group), b[:length], out=t)
+            np.add(t, c[:length], out=t)
+            np.multiply(group.dy, a[:length], out=u)
+            np.add(t, u, out=t)
+            if group.sink is not None:
+                Sink(group.sink, accumulate).put(group.shaped_t)
+
+
+def _load(group: _Group) -> Array:
+    """The group's input, contiguous."""
+    if group.load is not None:
+        np.copyto(*group.load)
+    return group.x

@@ -1,0 +1,20 @@
+"""Pictures of what a schedule does: timelines of a step, and which strategy suits which setting.
+
+They need matplotlib (``pip install 'dynacomm_async[plot]'``), which is loaded when the first one is
+drawn. Nothing here touches its global state: no window, no current figure, no changed defaults.
+"""
+
+from __future__ import annotations
+
+from dynacomm_async.observe.canvas import Canvas, check_plotting, strategy_colours
+from dynacomm_async.observe.sweeps import plot_sweep
+from dynacomm_async.observe.timelines import TimelineEntry, plot_timelines
+
+__all__ = [
+    "Canvas",
+    "TimelineEntry",
+    "check_plotting",
+    "plot_sweep",
+    "plot_timelines",
+    "strategy_colours",
+]

@@ -1,0 +1,40 @@
+"""Which parameters and gradients to send together, and when: cost tables, plans, the cost model
+that judges them, the strategies that make them, the rule a sender follows, and the estimates that
+measured durations give. Pure: standard library only, integer nanoseconds and bytes, no clock."""
+
+from __future__ import annotations
+
+from dynacomm_async.schedule.costs import Costs, LayerCosts
+from dynacomm_async.schedule.dispatch import OrderedDispatcher
+from dynacomm_async.schedule.estimator import Estimator, LayerTimes, LinkEstimator
+from dynacomm_async.schedule.plan import Plan, Segment, cut_segments
+from dynacomm_async.schedule.planners import PLANNERS, find_planner, make_plan
+from dynacomm_async.schedule.timeline import (
+    Computation,
+    LowerBound,
+    Timeline,
+    Transfer,
+    evaluate,
+    lower_bound_ns,
+)
+
+__all__ = [
+    "PLANNERS",
+    "Computation",
+    "Costs",
+    "Estimator",
+    "LayerCosts",
+    "LayerTimes",
+    "LinkEstimator",
+    "LowerBound",
+    "OrderedDispatcher",
+    "Plan",
+    "Segment",
+    "Timeline",
+    "Transfer",
+    "cut_segments",
+    "evaluate",
+    "find_planner",
+    "lower_bound_ns",
+    "make_plan",
+]

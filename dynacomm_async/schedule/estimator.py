@@ -1,0 +1,231 @@
+"""Measured durations -> a cost table.
+
+Everything here is handed numbers and reads no clock. Durations on a real machine have a hard
+floor and a long tail (a page fault, a scheduler's pause, a lost packet), so nothing is averaged:
+a layer's time is the median of its last steps, a link's overhead and rate come from a robust fit.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from dynacomm_async.errors import PlanError
+from dynacomm_async.schedule.costs import Costs, LayerCosts
+from dynacomm_async.schedule.linkfit import LinkFit, Observation, fit_link
+
+__all__ = ["Estimator", "LayerTimes", "LinkEstimator"]
+
+_STEPS = 15
+"""Steps that a median looks back on: 7 bad ones do no harm, a lasting change shows after 8."""
+
+_MESSAGES = 64
+"""Observations that a fit looks back on: a few steps of most plans, and enough to average jitter
+down to a few percent of itself."""
+
+_KEPT = 16
+"""Observations of each kind that it looks back on however old: a plan of one message a step would
+else wash out what is known of overheads, and be dropped for it. Too few to outvote the others
+where the rate has changed since."""
+
+_LEAST_NBYTES = 4096
+"""Fewer bytes than this, timed inside one message, arrive with one read: they tell no rate."""
+
+
+class LayerTimes:
+    """The compute times of a model's layers: for each the median of the last 15 steps.
+
+    Of an even number of steps it is the lower middle one, for errors are mostly too long.
+    """
+
+    def __init__(self, n_layers: int) -> None:
+        self._n_layers = n_layers
+        self._forward: deque[tuple[int, ...]] = deque(maxlen=_STEPS)
+        self._backward: deque[tuple[int, ...]] = deque(maxlen=_STEPS)
+
+    @property
+    def known(self) -> bool:
+        """Whether a step has been observed."""
+        return bool(self._forward)
+
+    @property
+    def forward_ns(self) -> tuple[int, ...]:
+        """Each layer's forward time, in forward order; empty while not known."""
+        return tuple(_median(times) for times in zip(*self._forward, strict=True))
+
+    @property
+    def backward_ns(self) -> tuple[int, ...]:
+        """Each layer's backward time, in forward order; empty while not known."""
+        return tuple(_median(times) for times in zip(*self._backward, strict=True))
+
+    def observe(self, forward_ns: Sequence[int], backward_ns: Sequence[int]) -> None:
+        """Add one step's times, both in forward order; the numbers are copied.
+
+        Raises:
+            PlanError: not one time of at least 0 per layer; nothing is added.
+        """
+        for phase, times in (("forward", forward_ns), ("backward", backward_ns)):
+            if len(times) != self._n_layers or min(times, default=0) < 0:
+                raise PlanError(
+                    f"{len(times)} {phase} times, the least {min(times, default=None)}, "
+                    f"expected {self._n_layers} of at least 0 ns"
+                )
+        self._forward.append(tuple(forward_ns))
+        self._backward.append(tuple(backward_ns))
+
+
+class LinkEstimator:
+    """One direction of a link: the overhead of a message and the time of a byte.
+
+    Times are taken by the receiver. A message that came back to back with the one before it counts
+    from the end of that one and so tells its overhead; of any other only the bytes after its first
+    piece can be timed.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        # By kind, 0 or 1 overhead in the time; each with its number among all observations.
+        self._kinds = tuple(deque[tuple[int, Observation]](maxlen=_MESSAGES) for _ in range(2))
+        self._fit: LinkFit | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether the observations tell the rate, and how far they can be trusted to."""
+        return self._result().known
+
+    @property
+    def overhead_ns(self) -> int:
+        """Time a message occupies the link beside its bytes; 0 while not known."""
+        return self._result().overhead_ns
+
+    @property
+    def ns_per_byte(self) -> float:
+        """Time a byte occupies the link; while not known a guess, 0 with nothing observed."""
+        return self._result().ns_per_byte
+
+    def observe(self, nbytes: int, elapsed_ns: int, messages: int) -> None:
+        """Add one observation; the last 64 count, and always 16 with and 16 without an overhead.
+
+        Args:
+            nbytes: bytes that arrived in the time; with ``messages`` 0 without the first piece.
+            elapsed_ns: with ``messages`` 1 from the end of the message before to the end of this
+                one, with 0 from the arrival of the first piece to the end.
+            messages: how many overheads are in the time, 0 or 1.
+
+        Raises:
+            PlanError: negative numbers, or ``messages`` neither 0 nor 1; nothing is added.
+        """
+        if nbytes < 0 or elapsed_ns < 0 or messages not in (0, 1):
+            raise PlanError(
+                f"{nbytes} bytes in {elapsed_ns} ns with {messages} overheads, "
+                "expected no negative number and 0 or 1 overhead"
+            )
+        if messages or nbytes >= _LEAST_NBYTES:
+            observation = Observation(messages, nbytes, elapsed_ns)
+            self._kinds[messages].append((self._count, observation))
+            self._count += 1
+            self._fit = None
+
+    def _result(self) -> LinkFit:
+        fit = self._fit
+        if fit is None:
+            fit = self._fit = fit_link(self._list_window())
+        return fit
+
+    def _list_window(self) -> list[Observation]:
+        oldest = self._count - _MESSAGES
+        return [
+            observation
+            for kind in self._kinds
+            for age, (number, observation) in enumerate(reversed(kind))
+            if number >= oldest or age < _KEPT
+        ]
+
+
+class Estimator:
+    """All that a worker measures, joined to a cost table.
+
+    It belongs to one thread and locks nothing. In a session that is the event loop's: another
+    thread asks by submitting a coroutine there.
+
+    Args:
+        layers: name and size in bytes of every layer, in forward order.
+
+    Attributes:
+        times: the layers' compute times.
+        up: the uplink, observed by the server.
+        down: the downlink.
+    """
+
+    def __init__(self, layers: Sequence[tuple[str, int]]) -> None:
+        self._layers = tuple(layers)
+        self._latencies_ns: deque[tuple[int, int]] = deque(maxlen=_STEPS)
+        self._server_ns: deque[int] = deque(maxlen=_STEPS)
+        self.times = LayerTimes(len(self._layers))
+        self.up = LinkEstimator()
+        self.down = LinkEstimator()
+
+    def observe_latency(self, up_ns: int, down_ns: int) -> None:
+        """Add one measurement of both latencies; the median of the last 15 counts."""
+        _check_duration(up_ns, "the latency up")
+        _check_duration(down_ns, "the latency down")
+        self._latencies_ns.append((up_ns, down_ns))
+
+    def observe_server(self, server_ns: int) -> None:
+        """Add one measurement of the server's time; the median of the last 15 counts."""
+        _check_duration(server_ns, "the server's time")
+        self._server_ns.append(server_ns)
+
+    @property
+    def known(self) -> bool:
+        """Whether both directions of the link and the layers' times are known."""
+        return self.times.known and self.up.known and self.down.known
+
+    def costs(
+        self, *, workers: int = 1, batch: int | None = None, guess: bool = False
+    ) -> Costs | None:
+        """Return the cost table, or None while a link or the layers' times are not known.
+
+        With ``guess`` the layers' times are enough: the link is taken for what little there is to
+        tell it by, as is right for a link too fast to be measured.
+
+        Latencies and the server's time count as 0 until they have been observed. The table never
+        says that the link is shared: what a worker measures on a shared link is its share of it.
+
+        Raises:
+            PlanError: layers, ``workers`` or ``batch`` that no cost table can have.
+        """
+        if not (self.times.known if guess else self.known):
+            return None
+        up, down = self.up.ns_per_byte, self.down.ns_per_byte
+        times = zip(self._layers, self.times.forward_ns, self.times.backward_ns, strict=True)
+        return Costs(
+            layers=tuple(
+                LayerCosts(
+                    name=name,
+                    nbytes=nbytes,
+                    pull_ns=round(nbytes * down),
+                    forward_ns=forward_ns,
+                    backward_ns=backward_ns,
+                    push_ns=round(nbytes * up),
+                )
+                for (name, nbytes), forward_ns, backward_ns in times
+            ),
+            overhead_up_ns=self.up.overhead_ns,
+            overhead_down_ns=self.down.overhead_ns,
+            latency_up_ns=_median([up_ns for up_ns, _ in self._latencies_ns]),
+            latency_down_ns=_median([down_ns for _, down_ns in self._latencies_ns]),
+            server_ns=_median(self._server_ns),
+            workers=workers,
+            batch=batch,
+        )
+
+
+def _median(times: Sequence[int]) -> int:
+    """Return the lower median; 0 of nothing."""
+    return sorted(times)[(len(times) - 1) // 2] if times else 0
+
+
+def _check_duration(value_ns: int, what: str) -> None:
+    if value_ns < 0:
+        raise PlanError(f"{what} is {value_ns} ns, expected at least 0")

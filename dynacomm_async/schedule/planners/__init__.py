@@ -1,0 +1,21 @@
+"""The strategies that turn a cost table into a plan, one module each, and the table of them."""
+
+from __future__ import annotations
+
+from dynacomm_async.schedule.planners.bucket import plan_bucket
+from dynacomm_async.schedule.planners.dynacomm import plan_dynacomm
+from dynacomm_async.schedule.planners.ibatch import plan_ibatch
+from dynacomm_async.schedule.planners.layerwise import plan_layerwise
+from dynacomm_async.schedule.planners.sequential import plan_sequential
+from dynacomm_async.schedule.planners.table import PLANNERS, find_planner, make_plan
+
+__all__ = [
+    "PLANNERS",
+    "find_planner",
+    "make_plan",
+    "plan_bucket",
+    "plan_dynacomm",
+    "plan_ibatch",
+    "plan_layerwise",
+    "plan_sequential",
+]

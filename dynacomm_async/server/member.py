@@ -1,0 +1,325 @@
+"""One connection to the server, from hello to leave."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from time import monotonic_ns
+from typing import Protocol
+
+from dynacomm_async.errors import DynaCommError, PlanError, RemoteProtocolError
+from dynacomm_async.ranges import Range
+from dynacomm_async.schedule.dispatch import OrderedDispatcher
+from dynacomm_async.transport.channel import Channel
+from dynacomm_async.wire.decoder import Arrival, Received
+from dynacomm_async.wire.grid import Grid
+from dynacomm_async.wire.messages import (
+    End,
+    Error,
+    Gradients,
+    Heartbeat,
+    Hello,
+    Initial,
+    Join,
+    Leave,
+    Message,
+    Parameters,
+    Subscription,
+    Timing,
+    Welcome,
+)
+
+__all__ = ["Member", "Refusal", "Run"]
+
+_GOODBYE_S = 1.0
+"""How long a peer may take to hear why the connection ends."""
+
+_END_S = 120.0
+"""How long a peer may take to receive what is in socket buffers and leave: slow links need time."""
+
+
+class Run(Protocol):
+    """What a member needs of the run that it belongs to."""
+
+    def greet(self, member: Member, hello: Hello) -> Welcome:
+        """Hold a rank for a stranger; raises :class:`Refusal`."""
+        ...
+
+    def join(self, member: Member, join: Join) -> Grid:
+        """Take a greeted stranger in; raises :class:`Refusal`."""
+        ...
+
+    def place(self, member: Member, message: Initial | Gradients) -> Sequence[memoryview]:
+        """Return where a payload goes; raises RemoteProtocolError."""
+        ...
+
+    def initial_arrived(self, member: Member, initial: Initial) -> None:
+        """Cells of version 0 are in place."""
+        ...
+
+    def gradients_arrived(self, member: Member, gradients: Gradients, now_ns: int) -> None:
+        """A contribution is in place."""
+        ...
+
+    def bytes_of(self, ranges: Sequence[Range]) -> list[memoryview]:
+        """Return the parameters' bytes, to be sent."""
+        ...
+
+    def statistics_bytes(self) -> memoryview:
+        """Return the running statistics' bytes, to be sent."""
+        ...
+
+    def departed(self, member: Member, error: DynaCommError) -> None:
+        """The connection is over."""
+        ...
+
+
+class Refusal(DynaCommError):
+    """Why a peer may not go on; it is told so, and the connection ends."""
+
+    def __init__(self, code: str, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class Member:
+    """The server's end of one connection: a channel handler and its downlink.
+
+    Args:
+        run: what it belongs to.
+        channel: how it is reached.
+        hello_deadline_s: how long a stranger may take to say hello.
+        join_deadline_s: how long it may take after its welcome to build its model and load its
+            data.
+
+    Attributes:
+        slot: its rank, or None before the welcome.
+        joined: whether it has taken its place.
+        subscribed: the version of its latest subscription.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        channel: Channel,
+        hello_deadline_s: float = 10.0,
+        join_deadline_s: float = 120.0,
+    ) -> None:
+        self._run = run
+        self.channel = channel
+        self._join_deadline_s = join_deadline_s
+        self.slot: int | None = None
+        self.joined = False
+        self.subscribed = -1
+        self.said_leave = False
+        self._grid: Grid | None = None
+        self._greeting: Welcome | None = None  # still to be sent, like the next one
+        self._answer: Heartbeat | None = None
+        self._dispatcher: OrderedDispatcher | None = None
+        self._timing: Timing | None = None
+        self._arrivals: list[tuple[int, int, int]] = []
+        self._last_arrival_ns = 0
+        self._ending: Message | None = None
+        self._wake = asyncio.Event()
+        self._over = asyncio.get_running_loop().create_future()
+        self._downlink = asyncio.create_task(self._send_all(), name="downlink")
+        self._downlink.add_done_callback(self._downlink_ended)
+        self._deadline: asyncio.TimerHandle | None = asyncio.get_running_loop().call_later(
+            hello_deadline_s, self._expire, "hello"
+        )
+
+    # -- what the run tells it --
+
+    def cells_ready(self, cells: Range, version: int) -> None:
+        """Let cells that have reached ``version`` go out, as the subscription has it."""
+        if self._dispatcher is not None and self.subscribed == version:
+            self._dispatcher.ready(cells.first, cells.count)
+            self._wake.set()
+
+    def set_timing(self, wait_ns: int, apply_ns: int) -> None:
+        """Take note of what only the server saw; the next parameters carry it."""
+        self._timing = Timing(tuple(self._arrivals), wait_ns, apply_ns)
+        self._arrivals.clear()
+
+    def finish(self, ending: End | Error) -> None:
+        """Say ``ending`` once everything that was asked for has gone out, then close.
+
+        An error overtakes what has not begun to be sent.
+        """
+        if self._ending is None:
+            self._ending = ending
+            self._wake.set()
+
+    async def wait_closed(self, limit_s: float) -> None:
+        """Return when the connection is over and its task has ended; drop it after the limit."""
+        try:
+            async with asyncio.timeout(limit_s):
+                await asyncio.shield(self._over)
+        except TimeoutError:
+            self.channel.abort()
+            await self._over
+        await asyncio.gather(self._downlink, return_exceptions=True)
+
+    # -- the channel's handler --
+
+    def place(self, message: Message, payload_nbytes: int) -> Sequence[memoryview]:
+        """Say where a payload goes."""
+        if isinstance(message, Gradients | Initial):
+            if not self.joined:
+                raise RemoteProtocolError(f"{message.kind.name} from a stranger")
+            if isinstance(message, Gradients):
+                self._check_subscription(message)
+            return self._run.place(self, message)
+        return ()
+
+    def handle(self, received: Received) -> None:
+        """Take a complete message."""
+        message = received.message
+        try:
+            if isinstance(message, Gradients):
+                self._take_gradients(message, received.arrival)
+            elif isinstance(message, Heartbeat):
+                if not message.reply:
+                    # Only the newest question is answered: nobody can make us keep a queue.
+                    self._answer = Heartbeat(message.number, True, monotonic_ns())
+                    self._wake.set()
+            elif isinstance(message, Hello):
+                self._greeting = self._run.greet(self, message)
+                self._wake.set()
+                self._disarm()
+                loop = asyncio.get_running_loop()
+                self._deadline = loop.call_later(self._join_deadline_s, self._expire, "join")
+            elif isinstance(message, Join):
+                self._take_join(message)
+            elif isinstance(message, Initial):
+                self._run.initial_arrived(self, message)
+            elif isinstance(message, Leave):
+                self.said_leave = True
+                self.channel.abort()
+        except Refusal as refusal:
+            self.channel.turn_deaf()  # what is on its way already is no fault of the peer's
+            self.finish(Error(refusal.code, str(refusal)))
+
+    def lost(self, error: DynaCommError) -> None:
+        """The channel is over."""
+        self._disarm()
+        self._downlink.cancel()
+        if not self._over.done():
+            self._over.set_result(None)
+        self._run.departed(self, error)
+
+    # -- the rest --
+
+    def _take_join(self, join: Join) -> None:
+        self._grid = self._run.join(self, join)
+        self.joined = True
+        self._disarm()
+        self.subscribe(join.subscription)
+
+    def subscribe(self, subscription: Subscription) -> None:
+        """Plan what goes down for a version.
+
+        Raises:
+            RemoteProtocolError: the plan does not cover every parameter cell once.
+        """
+        assert self._grid is not None
+        n_cells = self._grid.n_parameter_cells
+        try:
+            dispatcher = OrderedDispatcher(
+                subscription.messages, n_cells=n_cells, barrier=subscription.barrier
+            )
+        except PlanError as error:
+            raise RemoteProtocolError(f"subscription: {error}") from None
+        covered = sum(cells.count for message in subscription.messages for cells in message)
+        if covered != n_cells:
+            raise RemoteProtocolError(f"subscription covers {covered} cells, expected {n_cells}")
+        self._dispatcher = dispatcher
+        self.subscribed = subscription.version
+
+    def _check_subscription(self, gradients: Gradients) -> None:
+        """The first message of a step, and only that, subscribes to the next version."""
+        subscription = gradients.subscription
+        if subscription is None:
+            if self.subscribed != gradients.step + 1:
+                raise RemoteProtocolError(
+                    f"the first gradients of step {gradients.step} carry no subscription"
+                )
+        elif subscription.version != gradients.step + 1 or self.subscribed > gradients.step:
+            raise RemoteProtocolError(
+                f"gradients of step {gradients.step} subscribe to version {subscription.version}"
+            )
+
+    def _take_gradients(self, gradients: Gradients, arrival: Arrival) -> None:
+        if gradients.subscription is not None:
+            self.subscribe(gradients.subscription)
+        observation = arrival.observation(self._last_arrival_ns)
+        if observation is not None:
+            self._arrivals.append(observation)
+        self._last_arrival_ns = arrival.last_ns
+        self._run.gradients_arrived(self, gradients, arrival.last_ns)
+
+    def _expire(self, awaited: str) -> None:
+        self.finish(Error(f"{awaited}-timeout", f"no {awaited} came in time"))
+
+    def _disarm(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    async def _send_all(self) -> None:
+        """The downlink: choose the next message only when the one before has nearly left."""
+        busy = False
+        try:
+            while True:
+                message, payload = self._next()
+                if message is None:
+                    busy = False
+                    await self._wake.wait()
+                    self._wake.clear()
+                    continue
+                await self.channel.send(message, payload, back_to_back=busy)
+                busy = True
+                if isinstance(message, End | Error):
+                    break
+            await self._say_goodbye(_END_S if isinstance(message, End) else _GOODBYE_S)
+        except DynaCommError:
+            # Mostly it is over already, and its handler was told why. Otherwise it is a message
+            # of ours that cannot be sent: then nothing more would come.
+            self.channel.abort()
+
+    def _downlink_ended(self, task: asyncio.Task[None]) -> None:
+        """Without a downlink everybody would wait: better no connection, and a word to the log."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            context = {"message": f"the downlink to {self.channel.peer} failed", "exception": error}
+            task.get_loop().call_exception_handler(context)
+            self.channel.abort()
+
+    def _next(self) -> tuple[Message | None, Sequence[memoryview]]:
+        if isinstance(self._ending, Error):
+            return self._ending, ()
+        if self._greeting is not None:
+            greeting, self._greeting = self._greeting, None
+            return greeting, ()
+        if self._answer is not None:
+            answer, self._answer = self._answer, None
+            return answer, ()
+        dispatcher = self._dispatcher
+        if dispatcher is not None:
+            ranges = dispatcher.next()
+            if ranges is not None:
+                timing, self._timing = self._timing, None
+                message = Parameters(self.subscribed, tuple(ranges), timing)
+                return message, self._run.bytes_of(ranges)
+            if not dispatcher.done:
+                return None, ()
+        if self._ending is not None:
+            return self._ending, (self._run.statistics_bytes(),)
+        return None, ()
+
+    async def _say_goodbye(self, limit_s: float) -> None:
+        """Leave the other side the time to read the last message before the connection ends."""
+        try:
+            async with asyncio.timeout(limit_s):
+                await asyncio.shield(self._over)
+        except TimeoutError:
+            self.channel.abort()

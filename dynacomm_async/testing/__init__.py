@@ -1,0 +1,30 @@
+"""Helpers for tests and benchmarks, of this package and of code that builds on it: planners that
+are slow but plainly right, to judge the fast ones by, and the step logic on a fake clock."""
+
+from __future__ import annotations
+
+from dynacomm_async.testing.oracles import (
+    PhaseOptimum,
+    forward_end_ns,
+    list_all_cuts,
+    push_end_ns,
+    search_forward,
+    search_push,
+    solve_forward_cubic,
+    solve_push_cubic,
+    solve_push_quadratic,
+)
+from dynacomm_async.testing.simulator import simulate
+
+__all__ = [
+    "PhaseOptimum",
+    "forward_end_ns",
+    "list_all_cuts",
+    "push_end_ns",
+    "search_forward",
+    "search_push",
+    "simulate",
+    "solve_forward_cubic",
+    "solve_push_cubic",
+    "solve_push_quadratic",
+]

@@ -1,0 +1,561 @@
+"""The messages, as values, and their headers as msgpack.
+
+A message here is everything but its payload: the payload's bytes go from and to memory that the
+caller owns (see :mod:`dynacomm_async.wire.decoder`). :func:`encode` and :func:`decode` are exact
+inverses. Everything that comes from the network is checked field by field; what does not fit
+raises :class:`RemoteProtocolError` and nothing of it is used.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeAlias
+
+import msgpack
+
+from dynacomm_async.errors import RemoteProtocolError, ShapeError
+from dynacomm_async.ranges import Range
+from dynacomm_async.wire.frame import MessageKind, Prefix
+from dynacomm_async.wire.grid import MAX_FLOATS, LayerSpec
+
+__all__ = [
+    "MAX_ITEMS",
+    "PROTOCOL_VERSION",
+    "End",
+    "Error",
+    "Gradients",
+    "Heartbeat",
+    "Hello",
+    "Initial",
+    "Join",
+    "Leave",
+    "Message",
+    "Parameters",
+    "Report",
+    "Subscription",
+    "Timing",
+    "Welcome",
+    "decode",
+    "encode",
+]
+
+PROTOCOL_VERSION = 1
+
+MAX_ITEMS = 1 << 16
+"""Items of the longest list or map in a header. Memory for a list is taken when its length is
+read, so nested lists that only claim to be long must not cost much."""
+
+_MAX_ERROR_TEXT = 800
+"""Characters; at four bytes each they fit into the limit on an error's header."""
+
+Ranges: TypeAlias = tuple[Range, ...]
+Header: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Subscription:
+    """The down plan for one version: the messages that the worker wants, in order.
+
+    Attributes:
+        version: the version of the parameters that is asked for.
+        messages: each message is a run of ranges; together they cover every parameter cell once.
+        barrier: True: nothing of the version is sent before all of it exists.
+    """
+
+    version: int
+    messages: tuple[Ranges, ...]
+    barrier: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a worker says of its step beside the gradients.
+
+    Attributes:
+        loss: mean loss over the worker's batch, or None.
+        images: how many samples the batch had.
+    """
+
+    loss: float | None = None
+    images: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What only the server can see of the step before, told to one worker. Nanoseconds.
+
+    Attributes:
+        arrivals: one ``(nbytes, elapsed_ns, messages)`` for each gradient message of this worker:
+            what the receiver saw of the uplink (``elapsed = messages * overhead + nbytes / rate``).
+        wait_ns: from this worker's last gradient cell to the last worker's last one.
+        apply_ns: from there until every cell was at its new version.
+    """
+
+    arrivals: tuple[tuple[int, int, int], ...] = ()
+    wait_ns: int = 0
+    apply_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """First message of a worker. At most 4 KiB, so that strangers cost nothing."""
+
+    kind: ClassVar[MessageKind] = MessageKind.HELLO
+    protocol: int = PROTOCOL_VERSION
+    run: str | None = None
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """The server's answer to a hello that it accepts.
+
+    Attributes:
+        protocol: the version that both sides speak from here on.
+        run: id of the run.
+        slot: the rank that is held for this worker.
+        term: number of this membership; grows with each join of the run.
+        workers: how many ranks the run has.
+        layers: the layer table, or None where the first member brings it.
+        version: the version of the parameters that training stands at.
+        steps: the last version.
+        upload: whether this worker must send the initial parameters.
+        settings: whatever the server's owner wants each worker to know.
+    """
+
+    kind: ClassVar[MessageKind] = MessageKind.WELCOME
+    protocol: int
+    run: str
+    slot: int
+    term: int
+    workers: int
+    layers: tuple[LayerSpec, ...] | None
+    version: int
+    steps: int
+    upload: bool
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """A worker takes its place: its model fits, and it says how it wants its first parameters.
+
+    Attributes:
+        fingerprint: of the model that the worker has built.
+        subscription: for the version in the welcome.
+        kernels: names of numerical choices that all workers must share.
+        layers: the layer table, where the welcome had none.
+    """
+
+    kind: ClassVar[MessageKind] = MessageKind.JOIN
+    fingerprint: str
+    subscription: Subscription
+    kernels: str = ""
+    layers: tuple[LayerSpec, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Initial:
+    """Version 0 of the given cells, from the first member. Payload: float32."""
+
+    kind: ClassVar[MessageKind] = MessageKind.INITIAL
+    ranges: Ranges
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Cells at ``version``. Payload: float32, range after range.
+
+    They also say that this worker's gradients of the step before have arrived.
+    """
+
+    kind: ClassVar[MessageKind] = MessageKind.PARAMETERS
+    version: int
+    ranges: Ranges
+    timing: Timing | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Gradients:
+    """One worker's gradients (and batch statistics) of ``step``. Payload: float32.
+
+    Attributes:
+        step: the version that the gradients were computed from.
+        ranges: the cells.
+        subscription: for version step + 1, on the first message of a step.
+        report: on the first message of a step.
+    """
+
+    kind: ClassVar[MessageKind] = MessageKind.GRADIENTS
+    step: int
+    ranges: Ranges
+    subscription: Subscription | None = None
+    report: Report | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """Asks (``reply`` False) or answers; the number comes back unchanged.
+
+    Attributes:
+        number: chosen by whoever asks.
+        reply: whether this is the answer.
+        clock_ns: the sender's monotonic clock; for offsets, never for ordering.
+    """
+
+    kind: ClassVar[MessageKind] = MessageKind.HEARTBEAT
+    number: int
+    reply: bool
+    clock_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The run is over, in order; the last version has been sent. Payload: the statistics."""
+
+    kind: ClassVar[MessageKind] = MessageKind.END
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Error:
+    """Why the sender closes the connection; ``code`` is for programs, ``text`` for people.
+
+    A text of more than 800 characters is cut to that when sent, so that every error fits.
+    """
+
+    kind: ClassVar[MessageKind] = MessageKind.ERROR
+    code: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """The worker goes, in order."""
+
+    kind: ClassVar[MessageKind] = MessageKind.LEAVE
+
+
+Message: TypeAlias = (
+    Hello | Welcome | Join | Initial | Parameters | Gradients | Heartbeat | End | Error | Leave
+)
+
+
+def encode(message: Message, payload_nbytes: int = 0, flags: int = 0) -> bytes:
+    """Return prefix and header of a message; its payload follows on the wire."""
+    step, header = _ENCODERS[message.kind](message)
+    packed: bytes = msgpack.packb(header)
+    prefix = Prefix(message.kind, flags, len(packed), payload_nbytes, step)
+    return prefix.pack() + packed
+
+
+def decode(prefix: Prefix, header: bytes | bytearray | memoryview) -> Message:
+    """Return the message of a prefix and its header.
+
+    Raises:
+        RemoteProtocolError: the header is not what such a message has.
+    """
+    most = min(len(header), MAX_ITEMS)
+    try:
+        fields = msgpack.unpackb(
+            header,
+            raw=False,
+            strict_map_key=True,
+            use_list=True,
+            max_array_len=most,
+            max_map_len=most,
+        )
+        if not isinstance(fields, dict):
+            raise _wrong("header", fields, "a map")
+        return _DECODERS[prefix.kind](prefix, fields)
+    except RemoteProtocolError as error:
+        raise RemoteProtocolError(f"{prefix.kind.name}: {error}") from None
+    except (ValueError, msgpack.UnpackException, RecursionError, OverflowError) as error:
+        reason = str(error) or type(error).__name__
+        raise RemoteProtocolError(f"{prefix.kind.name}: unreadable header ({reason})") from None
+
+
+# -- encoding: message -> (step, header) ---------------------------------------------------------
+
+
+def _encode_hello(m: Hello) -> tuple[int, Header]:
+    return 0, {"protocol": m.protocol, "run": m.run, "fingerprint": m.fingerprint}
+
+
+def _encode_welcome(m: Welcome) -> tuple[int, Header]:
+    return m.version, {
+        "protocol": m.protocol,
+        "run": m.run,
+        "slot": m.slot,
+        "term": m.term,
+        "workers": m.workers,
+        "layers": _layer_rows(m.layers),
+        "steps": m.steps,
+        "upload": m.upload,
+        "settings": dict(m.settings),
+    }
+
+
+def _encode_join(m: Join) -> tuple[int, Header]:
+    return m.subscription.version, {
+        "fingerprint": m.fingerprint,
+        "subscribe": _subscription_rows(m.subscription),
+        "kernels": m.kernels,
+        "layers": _layer_rows(m.layers),
+    }
+
+
+def _encode_initial(m: Initial) -> tuple[int, Header]:
+    return 0, {"ranges": m.ranges}
+
+
+def _encode_parameters(m: Parameters) -> tuple[int, Header]:
+    header: Header = {"ranges": m.ranges}
+    if m.timing is not None:
+        header["timing"] = [m.timing.arrivals, m.timing.wait_ns, m.timing.apply_ns]
+    return m.version, header
+
+
+def _encode_gradients(m: Gradients) -> tuple[int, Header]:
+    header: Header = {"ranges": m.ranges}
+    if m.subscription is not None:
+        header["subscribe"] = _subscription_rows(m.subscription)
+    if m.report is not None:
+        header["report"] = [m.report.loss, m.report.images]
+    return m.step, header
+
+
+def _encode_heartbeat(m: Heartbeat) -> tuple[int, Header]:
+    return 0, {"number": m.number, "reply": m.reply, "clock_ns": m.clock_ns}
+
+
+def _encode_end(m: End) -> tuple[int, Header]:
+    return m.version, {}
+
+
+def _encode_error(m: Error) -> tuple[int, Header]:
+    text = m.text.encode("utf-8", "replace").decode()  # a lone surrogate cannot be sent
+    if len(text) > _MAX_ERROR_TEXT:
+        text = text[: _MAX_ERROR_TEXT - 3] + "..."
+    return 0, {"code": m.code, "text": text}
+
+
+def _encode_leave(m: Leave) -> tuple[int, Header]:
+    return 0, {}
+
+
+def _layer_rows(layers: tuple[LayerSpec, ...] | None) -> list[list[str | int]] | None:
+    if layers is None:
+        return None
+    return [[spec.name, spec.count, spec.decay, spec.statistics] for spec in layers]
+
+
+def _subscription_rows(subscription: Subscription) -> list[Any]:
+    return [subscription.version, subscription.barrier, subscription.messages]
+
+
+# -- decoding: (prefix, header) -> message, every field checked ----------------------------------
+
+
+def _decode_hello(prefix: Prefix, header: Header) -> Hello:
+    return Hello(
+        _count(header, "protocol"),
+        _optional_text(header, "run"),
+        _optional_text(header, "fingerprint"),
+    )
+
+
+def _decode_welcome(prefix: Prefix, header: Header) -> Welcome:
+    settings = header.get("settings")
+    if not isinstance(settings, dict):
+        raise _wrong("settings", settings, "a map")
+    return Welcome(
+        protocol=_count(header, "protocol"),
+        run=_text(header, "run"),
+        slot=_count(header, "slot"),
+        term=_count(header, "term"),
+        workers=_count(header, "workers"),
+        layers=_layers(header),
+        version=prefix.step,
+        steps=_count(header, "steps"),
+        upload=_truth(header, "upload"),
+        settings=settings,
+    )
+
+
+def _decode_join(prefix: Prefix, header: Header) -> Join:
+    subscription = _subscription(header)
+    if subscription is None:
+        raise _wrong("subscribe", None, "the plan of the first parameters")
+    return Join(
+        fingerprint=_text(header, "fingerprint"),
+        subscription=subscription,
+        kernels=_text(header, "kernels"),
+        layers=_layers(header),
+    )
+
+
+def _decode_initial(prefix: Prefix, header: Header) -> Initial:
+    return Initial(_ranges(header.get("ranges")))
+
+
+def _decode_parameters(prefix: Prefix, header: Header) -> Parameters:
+    timing = None
+    if "timing" in header:
+        row = header["timing"]
+        if not isinstance(row, list) or len(row) != 3 or not isinstance(row[0], list):
+            raise _wrong("timing", row, "[arrivals, wait_ns, apply_ns]")
+        timing = Timing(
+            tuple(_whole_numbers(arrival, 3, "arrivals") for arrival in row[0]),  # type: ignore[misc]
+            *_whole_numbers(row[1:], 2, "timing"),
+        )
+    return Parameters(prefix.step, _ranges(header.get("ranges")), timing)
+
+
+def _decode_gradients(prefix: Prefix, header: Header) -> Gradients:
+    ranges = _ranges(header.get("ranges"))
+    if len(header) == 1:  # most of them; only the first of a step says more
+        return Gradients(prefix.step, ranges)
+    report = None
+    if "report" in header:
+        row = header["report"]
+        if not isinstance(row, list) or len(row) != 2:
+            raise _wrong("report", row, "[loss, images]")
+        loss = row[0]
+        if loss is not None and not isinstance(loss, float):
+            raise _wrong("loss", loss, "a number")
+        report = Report(loss, *_whole_numbers(row[1:], 1, "images"))
+    return Gradients(prefix.step, ranges, _subscription(header), report)
+
+
+def _decode_heartbeat(prefix: Prefix, header: Header) -> Heartbeat:
+    return Heartbeat(_count(header, "number"), _truth(header, "reply"), _count(header, "clock_ns"))
+
+
+def _decode_end(prefix: Prefix, header: Header) -> End:
+    return End(prefix.step)
+
+
+def _decode_error(prefix: Prefix, header: Header) -> Error:
+    return Error(_text(header, "code"), _text(header, "text"))
+
+
+def _decode_leave(prefix: Prefix, header: Header) -> Leave:
+    return Leave()
+
+
+def _wrong(name: str, value: object, expected: str) -> RemoteProtocolError:
+    shown = reprlib.repr(value)  # bounded work however large or deep the value is
+    if len(shown) > 60:
+        shown = shown[:57] + "..."
+    return RemoteProtocolError(f"{name} is {shown}, expected {expected}")
+
+
+def _count(header: Header, name: str) -> int:
+    value = header.get(name)
+    if type(value) is not int or value < 0:
+        raise _wrong(name, value, "a whole number from 0")
+    return value
+
+
+def _truth(header: Header, name: str) -> bool:
+    value = header.get(name)
+    if not isinstance(value, bool):
+        raise _wrong(name, value, "true or false")
+    return value
+
+
+def _text(header: Header, name: str) -> str:
+    value = header.get(name)
+    if not isinstance(value, str):
+        raise _wrong(name, value, "a text")
+    return value
+
+
+def _optional_text(header: Header, name: str) -> str | None:
+    return None if header.get(name) is None else _text(header, name)
+
+
+def _whole_numbers(row: object, length: int, name: str) -> tuple[int, ...]:
+    if (
+        not isinstance(row, list)
+        or len(row) != length
+        or not all(type(value) is int and value >= 0 for value in row)
+    ):
+        raise _wrong(name, row, f"{length} whole numbers from 0")
+    return tuple(row)
+
+
+def _ranges(rows: object) -> Ranges:
+    if not isinstance(rows, list) or not rows:
+        raise _wrong("ranges", rows, "a list of [first cell, cells]")
+    ranges = []
+    for row in rows:
+        if type(row) is not list or len(row) != 2:
+            raise _wrong("range", row, "[first cell, cells]")
+        first, count = row
+        if type(first) is not int or type(count) is not int or first < 0 or count < 1:
+            raise _wrong("range", row, "[first cell, cells]")
+        ranges.append(Range(first, count))
+    return tuple(ranges)
+
+
+def _subscription(header: Header) -> Subscription | None:
+    row = header.get("subscribe")
+    if row is None:
+        return None
+    if not isinstance(row, list) or len(row) != 3 or not isinstance(row[2], list):
+        raise _wrong("subscribe", row, "[version, barrier, messages]")
+    version, barrier, messages = row
+    if type(version) is not int or version < 0 or not isinstance(barrier, bool):
+        raise _wrong("subscribe", row, "[version, barrier, messages]")
+    return Subscription(version, tuple(_ranges(message) for message in messages), barrier)
+
+
+def _layers(header: Header) -> tuple[LayerSpec, ...] | None:
+    rows = header.get("layers")
+    if rows is None:
+        return None
+    if not isinstance(rows, list):
+        raise _wrong("layers", rows, "a list of [name, count, decay, statistics]")
+    specs = []
+    for row in rows:
+        if not isinstance(row, list) or len(row) != 4 or not isinstance(row[0], str):
+            raise _wrong("layer", row, "[name, count, decay, statistics]")
+        try:
+            specs.append(LayerSpec(row[0], *_whole_numbers(row[1:], 3, "layer")))
+        except ShapeError as error:
+            raise RemoteProtocolError(str(error)) from None
+    n_floats = sum(spec.count + spec.statistics for spec in specs)
+    if n_floats > MAX_FLOATS:
+        raise RemoteProtocolError(f"layers hold {n_floats} values, expected at most {MAX_FLOATS}")
+    return tuple(specs)
+
+
+_ENCODERS: dict[MessageKind, Callable[[Any], tuple[int, Header]]] = {
+    MessageKind.HELLO: _encode_hello,
+    MessageKind.WELCOME: _encode_welcome,
+    MessageKind.JOIN: _encode_join,
+    MessageKind.INITIAL: _encode_initial,
+    MessageKind.PARAMETERS: _encode_parameters,
+    MessageKind.GRADIENTS: _encode_gradients,
+    MessageKind.HEARTBEAT: _encode_heartbeat,
+    MessageKind.END: _encode_end,
+    MessageKind.ERROR: _encode_error,
+    MessageKind.LEAVE: _encode_leave,
+}
+
+_DECODERS: dict[MessageKind, Callable[[Prefix, Header], Message]] = {
+    MessageKind.HELLO: _decode_hello,
+    MessageKind.WELCOME: _decode_welcome,
+    MessageKind.JOIN: _decode_join,
+    MessageKind.INITIAL: _decode_initial,
+    MessageKind.PARAMETERS: _decode_parameters,
+    MessageKind.GRADIENTS: _decode_gradients,
+    MessageKind.HEARTBEAT: _decode_heartbeat,
+    MessageKind.END: _decode_end,
+    MessageKind.ERROR: _decode_error,
+    MessageKind.LEAVE: _decode_leave,
+}

@@ -1,0 +1,530 @@
+"""A worker's place in a run, for code that blocks while it computes.
+
+The session's I/O runs on an event loop in a thread of its own, so that sending and receiving go
+on while the caller computes. For code that awaits see :mod:`dynacomm_async.worker.aio`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from time import monotonic_ns
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dynacomm_async.errors import (
+    ChannelBroken,
+    ConfigError,
+    LocalProtocolError,
+    PeerError,
+    ShapeError,
+)
+from dynacomm_async.schedule.estimator import Estimator
+from dynacomm_async.schedule.planners import find_planner
+from dynacomm_async.transport import Address, Channel, LoopThread, connect, parse_address
+from dynacomm_async.wire.grid import Grid, LayerSpec, as_layer_specs
+from dynacomm_async.wire.messages import Hello, Report, Welcome
+from dynacomm_async.worker.client import Arenas, Board, Client
+from dynacomm_async.worker.planning import AdaptivePlans, Plans
+from dynacomm_async.worker.step import Phase
+
+__all__ = ["DEFAULT_PORT", "DEFAULT_STRATEGY", "Layers", "PlansFactory", "Session", "Step"]
+
+DEFAULT_PORT = 7070
+
+DEFAULT_STRATEGY = "dynacomm"
+
+_GREETING_S = 30.0
+"""How long a server may take to answer a hello; slow links have a part in it."""
+
+_LEAST_ATTEMPT_S = 1.0
+"""How long one attempt to connect may take, at least."""
+
+Floats = NDArray[np.float32]
+Layers: TypeAlias = (
+    Mapping[str, int]
+    | Iterable[LayerSpec]
+    | Callable[[Mapping[str, Any]], Mapping[str, int] | Iterable[LayerSpec]]
+)
+"""A layer table, or a function from the server's settings to one."""
+
+PlansFactory: TypeAlias = Callable[[Grid, Estimator], Plans]
+
+
+class Session:
+    """One worker's membership of a run. A context manager; use it from one thread.
+
+    Example::
+
+        with Session("127.0.0.1:7070", layers={"w": 10}) as session:
+            for step in session.steps():
+                step.wait("w")
+                session.gradients[:] = gradient_of(session.parameters)
+                step.gradient_ready("w")
+
+    Args:
+        address: the server's, as ``host:port``.
+        layers: the model's layers in forward order, or a function that makes them from the
+            server's settings; None takes the server's table.
+        initial: (n,) float32 initial parameters, for a server that has none; copied.
+        initial_statistics: (m,) float32 likewise.
+        strategy: name of the scheduling strategy; None takes ``settings["strategy"]`` of the
+            server if there is one, else the default.
+        run: id of the run that is meant; None takes whatever the server runs.
+        kernels: names the numerical choices that must be the same on all workers.
+        retry_s: how long to try to reach a server that does not answer.
+        plans: makes the plans instead of ``strategy``.
+        estimator: what is known of this model and link already; added to. None starts afresh.
+        io: the thread that does the I/O, shared with other sessions; None starts one.
+
+    Attributes (once entered):
+        welcome: what the server said; ``welcome.slot`` is this worker's rank.
+        grid: the model as the transport sees it.
+        parameters: (n,) float32, forward order; received into, read-only for the caller. A
+            layer's values are those of the step from ``step.wait(layer)`` until
+            ``step.gradient_ready(layer)``; after the last step, the final ones.
+        statistics: (m,) float32 running statistics; filled when the run has ended.
+        gradients: (n,) float32, written by the caller; a layer's belong to the session from
+            ``step.gradient_ready(layer)`` until the next step's ``step.wait(layer)``.
+        batch_statistics: (m,) float32, written by the caller before its first gradient is ready.
+        plans: the plans that were followed.
+
+    Raises (on entering):
+        ConfigError: an address or strategy that is none.
+        PeerError: the server refuses; ``code`` and text say why.
+        ChannelBroken: no server answers within ``retry_s``, or it vanished.
+        TimeoutError: something accepts the connection but never answers.
+        ShapeError: the layers, or ``initial``, do not fit the model.
+    """
+
+    def __init__(
+        self,
+        address: str | Address,
+        layers: Layers | None = None,
+        *,
+        initial: Floats | None = None,
+        initial_statistics: Floats | None = None,
+        strategy: str | None = None,
+        run: str | None = None,
+        kernels: str = "",
+        retry_s: float = 30.0,
+        plans: PlansFactory | None = None,
+        estimator: Estimator | None = None,
+        io: LoopThread | None = None,
+    ) -> None:
+        self.address = (
+            parse_address(address, port=DEFAULT_PORT) if isinstance(address, str) else address
+        )
+        if strategy is not None:
+            find_planner(strategy)
+        self._layers = layers
+        self._initial = initial
+        self._initial_statistics = initial_statistics
+        self._strategy = strategy
+        self._run = run
+        self._kernels = kernels
+        self._retry_s = retry_s
+        self._plans_factory = plans
+        self._estimator = estimator
+        self._shared_io = io
+        self._own_io: LoopThread | None = None  # while entered
+        self._client: Client | None = None
+        self._lock = threading.Lock()  # for the next two
+        self._opening: concurrent.futures.Future[None] | None = None
+        self._abandoned = False
+        self.welcome: Welcome
+        self.grid: Grid
+        self.plans: Plans
+        self.board: Board
+        self._arenas: Arenas
+        self._indices: dict[str, int]
+
+    def __enter__(self) -> Session:
+        if self._shared_io is None:
+            self._own_io = LoopThread().__enter__()
+        with self._lock:
+            opening = self._opening = self._io.submit(self._open())
+            if self._abandoned:
+                opening.cancel()
+        try:
+            opening.result()
+        except BaseException:
+            opening.cancel()
+            self.close()
+            raise
+        return self
+
+    def abandon(self) -> None:
+        """Have :meth:`__enter__`, which another thread is in, give up soon. Idempotent."""
+        with self._lock:
+            self._abandoned = True
+            if self._opening is not None:
+                self._opening.cancel()
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the run. Idempotent."""
+        client, self._client = self._client, None
+        if client is not None:
+            self._io.submit(client.leave()).result()
+        own, self._own_io = self._own_io, None
+        if own is not None:
+            own.__exit__()
+
+    @property
+    def _io(self) -> LoopThread:
+        io = self._shared_io or self._own_io
+        if io is None:
+            raise LocalProtocolError("the session is not open: use it inside `with`")
+        return io
+
+    @property
+    def estimator(self) -> Estimator:
+        """The measured costs."""
+        assert self._estimator is not None, "the session has not been entered"
+        return self._estimator
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What the server told its workers."""
+        return self.welcome.settings
+
+    @property
+    def parameters(self) -> Floats:
+        """(n,) float32; see the class."""
+        return self._arenas.incoming[: self.grid.n_parameters]
+
+    @property
+    def statistics(self) -> Floats:
+        """(m,) float32; see the class."""
+        return self._arenas.incoming[self.grid.n_parameters :]
+
+    @property
+    def gradients(self) -> Floats:
+        """(n,) float32; see the class."""
+        return self._arenas.outgoing[: self.grid.n_parameters]
+
+    @property
+    def batch_statistics(self) -> Floats:
+        """(m,) float32; see the class."""
+        return self._arenas.outgoing[self.grid.n_parameters :]
+
+    def slice_of(self, layer: str | int) -> slice:
+        """Return where a layer lies in ``parameters`` and ``gradients``."""
+        return self.grid.layer_slice(self.index_of(layer))
+
+    def index_of(self, layer: str | int) -> int:
+        """Return the index of a layer in forward order.
+
+        Raises:
+            ConfigError: the model has no such layer.
+        """
+        if isinstance(layer, int) and 0 <= layer < len(self.grid.layers):
+            return layer
+        if isinstance(layer, str) and layer in self._indices:
+            return self._indices[layer]
+        raise ConfigError(f"no layer {layer!r}; the model has: {', '.join(self._indices)}")
+
+    def steps(self) -> Iterator[Step]:
+        """Yield the steps until the run ends. An index may repeat after a server's restart.
+
+        Returns when the final parameters (and statistics) have arrived.
+
+        Raises:
+            DynaCommError: what ended the session before.
+            LocalProtocolError: a step was left before all its gradients were ready.
+        """
+        for index in self.step_indices():
+            step = Step(self, index)
+            yield step
+            step.check_complete()
+        self.wait_ended()
+
+    def step_indices(self) -> Iterator[int]:
+        """Yield the index of each step to compute, the next one when the one before is done."""
+        yield from range(self.welcome.version, self.welcome.steps)
+
+    def wait_ended(self) -> None:
+        """Block until the run has ended and the final parameters are here.
+
+        Raises:
+            DynaCommError: it ended otherwise.
+        """
+        if not self.board.ended:
+            over = threading.Event()
+            self.board.when_ended(over.set)
+            over.wait()
+            assert self.board.ended
+
+    def post(self, call: Callable[..., object], *args: object) -> None:
+        """Have the event loop call something of the client's."""
+        self._io.loop.call_soon_threadsafe(self.client.guard, call, *args)
+
+    @property
+    def client(self) -> Client:
+        """The I/O side; its methods belong to the event loop."""
+        if self._client is None:
+            raise LocalProtocolError("the session is closed")
+        return self._client
+
+    # -- on the event loop --
+
+    async def _open(self) -> None:
+        try:
+            await self._join()
+        except BaseException:
+            if self._client is not None:
+                self._client.channel.abort()
+            raise
+
+    async def _join(self) -> None:
+        client, welcome = await self._reach()
+        self.grid = Grid(await asyncio.to_thread(self._table, welcome))
+        self._indices = {spec.name: index for index, spec in enumerate(self.grid.layers)}
+        self._arenas = Arenas.allocate(self.grid)
+        if welcome.upload:
+            self._fill_initial()
+        if self._estimator is None:
+            sizes = [(spec.name, 4 * spec.count) for spec in self.grid.layers]
+            self._estimator = Estimator(sizes)
+        self.plans = self._make_plans(welcome)
+        self.board = Board(len(self.grid.layers))
+        await client.measure_round_trip()
+        await client.join(
+            welcome,
+            self.grid,
+            self._arenas,
+            self.board,
+            self.plans,
+            self.estimator,
+            kernels=self._kernels,
+        )
+
+    async def _reach(self) -> tuple[Client, Welcome]:
+        """Connect and be welcomed; try again with growing pauses while nobody answers."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._retry_s
+        pause = 0.1
+        while True:
+            try:
+                client = await self._connect(max(deadline - loop.time(), _LEAST_ATTEMPT_S))
+                async with asyncio.timeout(_GREETING_S):
+                    self.welcome = await client.greet(Hello(run=self._run))
+            except TimeoutError:
+                raise TimeoutError(
+                    f"{self.address} accepts connections but has not answered for "
+                    f"{_GREETING_S:g} s: is it a dynacomm server?"
+                ) from None
+            except ChannelBroken as error:
+                self._client = None
+                if loop.time() + pause > deadline:
+                    raise ChannelBroken(
+                        f"no server at {self.address} (tried for {self._retry_s:g} s: "
+                        f"{error.__cause__ or error}); start it, or check --server HOST:PORT"
+                    ) from error
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, 2.0)
+            else:
+                return client, self.welcome
+
+    async def _connect(self, limit_s: float) -> Client:
+        clients: list[Client] = []  # a loop may make one before it knows that nobody answers
+
+        def make_client(channel: Channel) -> Client:
+            clients.append(Client(channel))
+            return clients[-1]
+
+        try:
+            async with asyncio.timeout(limit_s):
+                await connect(make_client, self.address)
+        except TimeoutError:
+            raise ChannelBroken(f"{self.address} does not answer") from None
+        self._client = clients[-1]
+        return self._client
+
+    def _table(self, welcome: Welcome) -> tuple[LayerSpec, ...]:
+        layers = self._layers
+        if callable(layers):
+            layers = layers(welcome.settings)
+        if layers is None:
+            if welcome.layers is None:
+                raise ShapeError(
+                    "neither the server nor this worker has a layer table: pass layers="
+                )
+            return welcome.layers
+        table = as_layer_specs(layers)
+        if welcome.layers is not None and table != welcome.layers:
+            raise PeerError("model-mismatch", _difference(table, welcome.layers))
+        return table
+
+    def _fill_initial(self) -> None:
+        if self._initial is None:
+            raise ShapeError(
+                "the server has no initial parameters and asks this worker for them: pass initial="
+            )
+        for name, values, target in (
+            ("initial", self._initial, self.parameters),
+            ("initial_statistics", self._initial_statistics, self.statistics),
+        ):
+            if values is None:
+                continue
+            if values.shape != target.shape or values.dtype != np.float32:
+                raise ShapeError(
+                    f"{name}: {values.dtype} of shape {values.shape}, "
+                    f"expected float32 of shape {target.shape}"
+                )
+            target[:] = values
+
+    def _make_plans(self, welcome: Welcome) -> Plans:
+        if self._plans_factory is not None:
+            return self._plans_factory(self.grid, self.estimator)
+        strategy = self._strategy or welcome.settings.get("strategy") or DEFAULT_STRATEGY
+        return AdaptivePlans(str(strategy), self.estimator, len(self.grid.layers))
+
+
+class Step:
+    """One training step, for the computing thread.
+
+    Attributes:
+        session: the one it belongs to.
+        index: the version of the parameters that it computes from.
+        started_ns: monotonic clock, when the step was begun.
+    """
+
+    def __init__(self, session: Session, index: int) -> None:
+        n_layers = len(session.grid.layers)
+        self.index = index
+        self.started_ns = monotonic_ns()
+        self.session = session
+        self._forward_ns = [0] * n_layers
+        self._backward_ns = [0] * n_layers
+        self._ready = [False] * n_layers  # gradients handed over
+        self._current: int | None = None  # the layer whose forward is being computed
+        self._mark_ns = self.started_ns
+
+    def wait(self, layer: str | int) -> None:
+        """Block until the layer's parameters have arrived.
+
+        Raises:
+            DynaCommError: what ended the session.
+        """
+        index = self.session.index_of(layer)
+        self.forward_done()
+        board = self.session.board
+        if not board.is_granted(Phase.FORWARD, index, self.index):
+            landed = threading.Event()
+            board.when(Phase.FORWARD, index, self.index, landed.set)
+            landed.wait()
+            board.is_granted(Phase.FORWARD, index, self.index)  # raises what ended the session
+        self.end_wait(index)
+
+    def parameters(self, layer: str | int) -> Floats:
+        """Block until the layer's parameters have arrived; return the view that holds them.
+
+        Raises:
+            DynaCommError: what ended the session.
+        """
+        self.wait(layer)
+        return self.session.parameters[self.session.slice_of(layer)]
+
+    def forward_done(self) -> None:
+        """Stop the clock of the layer whose forward was being computed; idempotent."""
+        if self._current is not None:
+            self._forward_ns[self._current] += monotonic_ns() - self._mark_ns
+            self._current = None
+
+    def end_wait(self, layer: int) -> None:
+        """Start the clock of a layer whose parameters are here."""
+        self._current = layer
+        self._mark_ns = monotonic_ns()
+
+    def report(self, loss: float, images: int = 0) -> None:
+        """Tell the server the loss of this worker's batch; call it when the forward is done."""
+        self.forward_done()
+        self.session.post(self.session.client.report, self.index, Report(float(loss), int(images)))
+        self._mark_ns = monotonic_ns()
+
+    def gradient_ready(self, layer: str | int) -> None:
+        """Hand a layer's gradient over; returns at once.
+
+        Its gradient must not be written, nor its parameters read, before the next step's
+        :meth:`wait` on the layer returns.
+
+        Raises:
+            LocalProtocolError: it was handed over before in this step, or parameters of the step
+                are still on their way (every gradient needs the whole forward pass).
+            DynaCommError: what ended the session.
+        """
+        session = self.session
+        index = session.index_of(layer)
+        now_ns = monotonic_ns()
+        if not session.board.is_granted(Phase.BACKWARD, index, self.index):
+            raise LocalProtocolError(
+                f"step {self.index}: the gradient of layer {layer!r} is ready before all "
+                "parameters have arrived; wait for every layer first"
+            )
+        if self._ready[index]:
+            raise LocalProtocolError(
+                f"step {self.index}: the gradient of layer {layer!r} is ready twice"
+            )
+        self._ready[index] = True
+        if self._current is not None:
+            # Nobody said where the forward ended: of this layer's time a third, as is usual.
+            elapsed_ns = now_ns - self._mark_ns
+            self._forward_ns[self._current] += elapsed_ns // 3
+            self._backward_ns[index] += elapsed_ns - elapsed_ns // 3
+            self._current = None
+        else:
+            self._backward_ns[index] += now_ns - self._mark_ns
+        session.post(session.client.gradient_ready, self.index, index)
+        if all(self._ready):
+            session.post(session.client.step_computed, self._forward_ns, self._backward_ns)
+        self._mark_ns = monotonic_ns()
+
+    @property
+    def compute_ns(self) -> int:
+        """What computing took so far, without waits."""
+        return sum(self._forward_ns) + sum(self._backward_ns)
+
+    def check_complete(self) -> None:
+        """Make sure that the step was finished.
+
+        Raises:
+            LocalProtocolError: gradients are missing.
+        """
+        layers = zip(self.session.grid.layers, self._ready, strict=True)
+        missing = [spec.name for spec, ready in layers if not ready]
+        if missing:
+            raise LocalProtocolError(
+                f"step {self.index} was left without the gradients of {', '.join(missing)}"
+            )
+
+
+def _difference(ours: tuple[LayerSpec, ...], theirs: tuple[LayerSpec, ...]) -> str:
+    """Say in one sentence where two layer tables part."""
+    for mine, its in zip(ours, theirs, strict=False):
+        if mine != its:
+            return (
+                f"this worker's model is not the server's: layer {_describe(mine)}, "
+                f"expected {_describe(its)}"
+            )
+    return f"this worker's model is not the server's: {len(ours)} layers, expected {len(theirs)}"
+
+
+def _describe(spec: LayerSpec) -> str:
+    return (
+        f"{spec.name!r} with {spec.count} parameters ({spec.decay} decay) "
+        f"and {spec.statistics} statistics"
+    )

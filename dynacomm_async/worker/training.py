@@ -1,0 +1,95 @@
+"""Training a network of the NumPy engine in a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dynacomm_async.nn import Engine, Network
+from dynacomm_async.wire.grid import LayerSpec
+from dynacomm_async.worker.session import Session, Step
+
+__all__ = ["BatchSource", "TrainedStep", "bind_engine", "layer_specs", "train"]
+
+BatchSource = Callable[[int], tuple[NDArray[np.float32], NDArray[np.int64]]]
+"""From a step's index to (N, H, W, C) images and (N,) labels; the same for a repeated step."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedStep:
+    """What one step was, seen from the computing thread.
+
+    Attributes:
+        index: the step.
+        loss: of this worker's batch.
+        started_ns: monotonic clock; one step begins where the one before ends.
+        compute_ns: time spent computing; the rest was waiting.
+    """
+
+    index: int
+    loss: float
+    started_ns: int
+    compute_ns: int
+
+
+class _StepHooks:
+    """Weaves a step's transfers between the engine's layers."""
+
+    def __init__(self, step: Step, engine: Engine) -> None:
+        self._step = step
+        self._engine = engine
+        self._last = len(engine.network.layers) - 1
+
+    def before_forward(self, layer: int) -> None:
+        self._step.wait(layer)
+
+    def after_forward(self, layer: int) -> None:
+        self._step.forward_done()
+        if layer == self._last:
+            self._step.report(self._engine.loss, self._engine.batch)
+
+    def before_backward(self, layer: int) -> None:
+        """Nothing to wait for: this step's parameters prove that the last gradients have left."""
+
+    def after_backward(self, layer: int) -> None:
+        self._step.gradient_ready(layer)
+
+
+def layer_specs(network: Network) -> tuple[LayerSpec, ...]:
+    """Return a network's layer table for the transport."""
+    return tuple(
+        LayerSpec(layer.name, layer.count, layer.decay, layer.statistics)
+        for layer in network.layers
+    )
+
+
+def bind_engine(session: Session, network: Network, batch: int) -> Engine:
+    """Return an engine that computes in the session's arenas."""
+    return network.bind(
+        batch,
+        parameters=session.parameters,
+        gradients=session.gradients,
+        statistics=session.statistics,
+        batch_statistics=session.batch_statistics,
+    )
+
+
+def train(session: Session, engine: Engine, batches: BatchSource) -> Iterator[TrainedStep]:
+    """Train until the run ends; yield each step when it has been computed.
+
+    The caller may stop taking steps for a while, or for good. Between two steps it holds the run
+    up, since the others wait for its gradients.
+
+    Raises:
+        DynaCommError: what ended the session.
+    """
+    images, labels = batches(session.welcome.version)
+    for step in session.steps():
+        engine.step(images, labels, _StepHooks(step, engine))
+        # The next batch is made while this step's last gradients are on their way.
+        if step.index + 1 < session.welcome.steps:
+            images, labels = batches(step.index + 1)
+        yield TrainedStep(step.index, engine.loss, step.started_ns, step.compute_ns)

@@ -1,0 +1,97 @@
+"""``dynacomm train``: a server and workers on this machine."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+KEYS = {"steps", "parameters_sha256", "loss", "test_accuracy"}
+
+
+def test_the_json_has_the_keys_of_serve_and_nothing_else_is_said(run, quick):
+    outcome = run("train", *quick, "--steps", "10", "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert set(outcome.json) == KEYS
+    assert outcome.json["steps"] == 10
+
+
+def test_a_model_of_ones_own_is_found_from_the_current_folder(run, quick, user_model):
+    outcome = run(
+        "train", *quick, "--model", "mine.nets:small", "--steps", "10", "--json", cwd=user_model
+    )
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.json["loss"] < 2.5
+
+
+def test_epochs_are_passes_over_the_data(run, quick):
+    # 128 images, 2 workers with 8 each: 8 steps are an epoch.
+    outcome = run("train", *quick, "--model", "mlp", "--epochs", "2", "--json")
+    assert outcome.json["steps"] == 16
+
+
+def test_layers_are_saved_by_name(run, quick, tmp_path):
+    path = tmp_path / "model.npz"
+    outcome = run("train", *quick, "--model", "mlp", "--steps", "3", "--save", path)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.startswith("3 steps, loss ")
+    with np.load(path) as layers:
+        assert sum(layers[name].size for name in layers.files) == 109386
+        assert "statistics" in layers.files
+
+
+def test_seed_and_augmentation_decide_the_result_and_nothing_else(start, quick):
+    options = ("train", *quick, "--model", "mlp", "--steps", "4", "--json", "--seed", "1")
+    changes = (
+        (),
+        ("--strategy", "bucket", "--delay", "1ms"),
+        ("--seed", "2"),
+        ("--augment=shift:1",),
+    )
+    programs = [start(*options, *change) for change in changes]
+    first, again, *others = (program.finish().json for program in programs)
+    assert first == again
+    hashes = {result["parameters_sha256"] for result in (first, *others)}
+    assert len(hashes) == 3
+
+
+def test_a_worker_that_fails_is_quoted_and_ends_the_run(run, quick, user_model):
+    # The network is made in the parent, in the server and in both workers; only these fail.
+    (user_model / "picky.py").write_text(
+        "import sys\n"
+        "from mine.nets import small\n"
+        "\n"
+        "def net(input_shape=(6, 6, 1), classes=10):\n"
+        "    if 'work' in sys.argv:\n"
+        "        raise RuntimeError('not on this machine')\n"
+        "    return small(input_shape, classes)\n"
+    )
+    outcome = run("train", *quick, "--model", "picky:net", cwd=user_model)
+    assert outcome.code == 1
+    assert "worker" in outcome.complaint
+    assert "not on this machine" in outcome.complaint
+
+
+@pytest.mark.parametrize("name", ["train", "compare"])
+def test_training_that_diverges_ends_with_json_that_every_reader_takes(run, quick, name):
+    def refuse_constant(text):
+        raise AssertionError(f"{text} is not JSON")
+
+    lengths = ("--model", "mlp", "--steps", "10", "--rate", "1e30")
+    options = ("--strategies", "bucket") if name == "compare" else ()
+    outcome = run(name, *quick, *lengths, *options, "--json")
+    assert outcome.code == 0, outcome.err
+    found = json.loads(outcome.out, parse_constant=refuse_constant)
+    if name == "train":
+        assert found["loss"] is None
+    else:
+        losses = found["strategies"]["bucket"]["loss"]
+        assert losses[0] is not None
+        assert losses[-1] is None
+
+
+def test_training_that_diverges_is_told_in_words_too(run, quick):
+    outcome = run("train", *quick, "--model", "mlp", "--steps", "10", "--rate", "1e30")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.startswith("10 steps, loss -, test accuracy 0.")

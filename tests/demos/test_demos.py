@@ -1,0 +1,152 @@
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DEMOS = Path(__file__).parents[2] / "demos"
+EVERY = sorted([*DEMOS.glob("[!_]*.py"), *DEMOS.glob("benchmarks/[!_]*.py")])
+
+
+def run_demo(name: str, *options: str) -> str:
+    """Run a demo to its end as a user would, and return what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(DEMOS / name), *options],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def hashes(text: str) -> list[str]:
+    return re.findall(r"sha256 ([0-9a-f]{16})", text)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+@pytest.mark.parametrize("path", EVERY, ids=lambda path: path.name)
+def test_a_demo_says_what_it_is_and_how_to_run_it(path):
+    text = path.read_text()
+    where = path.relative_to(DEMOS.parent).as_posix()
+
+    assert f"python {where}" in text.partition('"""\n\n')[0]
+    assert where.removeprefix("demos/") in (DEMOS / "README.md").read_text()
+
+
+@pytest.mark.parametrize("path", EVERY, ids=lambda path: path.name)
+def test_a_demo_needs_no_private_name(path):
+    imports = re.findall(
+        r"^(?:from|import) (dynacomm_async\S*)(?: import \(?([^)]*))?", path.read_text(), re.M
+    )
+
+    for module, names in imports:
+        assert not re.search(r"(^|\.)_", module), module
+        assert not re.search(r"(^|[\s,])_", names or ""), names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--blocking"]], ids=["awaiting", "blocking"])
+def test_plain_numpy_code_trains_and_all_hold_the_same_parameters(options):
+    pytest.importorskip("sklearn")
+    out = run_demo("embed_numpy.py", "--steps=150", *options)
+
+    assert "all hold the same parameters" in out
+    assert len(hashes(out)) == 3
+    assert len(set(hashes(out))) == 1
+    accuracies = [float(word) for word in re.findall(r"accuracy ([0-9.]+)", out)]
+    assert len(accuracies) == 2
+    assert min(accuracies) >= 0.9
+
+
+@pytest.mark.slow
+def test_one_machine_trains_the_same_under_two_strategies():
+    options = ["--model=mlp", "--data=synthetic", "--steps=8", "--delay=0ms"]
+    found = [
+        hashes(run_demo("train_one_machine.py", *options, f"--strategy={strategy}"))
+        for strategy in ("sequential", "dynacomm")
+    ]
+
+    assert len(found[0]) == 1
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_a_worker_that_cannot_start_ends_the_demo_instead_of_hanging_it():
+    done = subprocess.run(
+        [sys.executable, str(DEMOS / "train_one_machine.py"), "--batch=100000"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert done.returncode == 1
+    assert done.stderr.rstrip().endswith("error: a worker ended with exit code 1")
+
+
+@pytest.mark.slow
+def test_several_machines_train_over_loopback():
+    options = ["--model=mlp", "--data=synthetic", "--steps=5", f"--port={free_port()}"]
+    out = run_demo("train_several_machines.py", "--loopback", *options)
+
+    assert out.count("$ dynacomm work") == 2
+    assert "server: 5 steps" in out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root")
+def test_several_machines_train_in_namespaces_of_which_nothing_stays():
+    def namespaces() -> str:
+        return subprocess.run(
+            ["ip", "netns", "list"], capture_output=True, text=True, check=False
+        ).stdout
+
+    before = namespaces()
+    out = run_demo("train_several_machines.py", "--model=mlp", "--data=synthetic", "--steps=5")
+    if "network namespaces" not in out:
+        pytest.skip("this system makes no namespaces, root or not")
+
+    assert "10.77.0.3$ dynacomm work --server 10.77.0.1:7070" in out
+    assert "server: 5 steps" in out
+    assert namespaces() == before
+
+
+def test_the_commands_for_real_machines_are_printed():
+    out = run_demo("train_several_machines.py", "--print=192.0.2.1", "--workers=3")
+
+    assert "--listen 192.0.2.1:7070 --insecure" in out
+    assert "on each of 3 others:\n  dynacomm work --server 192.0.2.1:7070\n" in out
+
+
+@pytest.mark.slow
+def test_strategies_are_compared_on_two_links():
+    options = ["--model=mlp", "--data=synthetic", "--steps=10", "--workers=1", "--delay=0ms"]
+    out = run_demo("compare_strategies.py", *options, "--strategies=sequential,layerwise")
+
+    assert out.count("parameters: bit-identical") == 2
+    assert out.count("sequential: 1 messages down, 1 up") == 2
+    assert out.count("fastest: ") == 2
+
+
+@pytest.mark.slow
+def test_the_overlap_benchmark_reports_what_its_model_says_beside_what_it_measures():
+    out = run_demo("benchmarks/overlap.py", "--quick", "--rounds=1", "--rates=1gbit", "--json")
+    (row,) = json.loads(out)["rows"]
+
+    assert row["rate"] == "1gbit"
+    assert row["communication_theory_s"] == pytest.approx(0.2, rel=1e-3)
+    assert row["communication_s"] > 0.99 * row["communication_theory_s"]
+    longer_s = max(row["communication_s"], row["computation_s"])
+    assert longer_s <= row["predicted_s"] < row["communication_s"] + row["computation_s"]
+    assert row["ratio"] > 0.9  # above 1 but for noise; how much above is for idle machines

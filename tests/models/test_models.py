@@ -1,0 +1,140 @@
+"""The models' published sizes."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from dynacomm_async import models
+from dynacomm_async.models import MODELS
+
+PARAMETERS = {
+    "googlenet": 6_998_552,
+    "inception_v4": 42_679_816,
+    "lenet": 61_706,
+    "lenet_smooth": 61_706,
+    "mlp": 784 * 128 + 128 + 128 * 64 + 64 + 64 * 10 + 10,
+    # 3x3: 3-16, 6 of 16-16, 16-32, 5 of 32-32, 32-64, 5 of 64-64; 688 channels; dense 64-10.
+    "resnet20": 9 * (48 + 6 * 256 + 512 + 5 * 1024 + 2048 + 5 * 4096) + 2 * 688 + 650,
+    "resnet152": 60_192_808,
+    "vgg19": 143_667_240,
+    "vgg_small": 9 * (3 * 64 + 64 * 64 + 64 * 128 + 128 * 128 + 128 * 256 + 256 * 256)
+    + 2 * (64 + 128 + 256)
+    + 4096 * 10
+    + 10,
+}
+LAYERS = {
+    # Three convolutions, six in each of nine modules, one dense layer.
+    "googlenet": 3 + 9 * 6 + 1,
+    # The stem; modules A, B and C; reductions A and B; one dense layer.
+    "inception_v4": (3 + 1 + 6 + 1) + 4 * 7 + 4 + 7 * 10 + 6 + 3 * 10 + 1,
+    "lenet": 5,
+    "lenet_smooth": 5,
+    "mlp": 3,
+    "resnet20": 20,
+    # 152 on the long way, and a convolution in each stage's first shortcut.
+    "resnet152": 152 + 4,
+    "vgg19": 19,
+    "vgg_small": 7,
+}
+GIGAFLOPS = {"vgg19": 39.26, "googlenet": 3.17, "inception_v4": 24.51, "resnet152": 23.03}
+LARGE = list(GIGAFLOPS)
+SMALL = dict.fromkeys(MODELS, (24, 32, 2))
+SMALL |= dict.fromkeys(LARGE, (32, 40, 2))
+SMALL |= {"inception_v4": (75, 80, 2)}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_and_layers_are_the_published_ones(name):
+    network = models.build(name)
+    assert network.parameters == PARAMETERS[name]
+    assert len(network.layers) == LAYERS[name]
+    assert network.name == name
+    assert network.classes == (1000 if name in LARGE else 10)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_forward_flops_of_the_large_networks_are_the_published_ones(name):
+    assert models.build(name).forward_flops / 1e9 == pytest.approx(GIGAFLOPS[name], abs=5e-3)
+
+
+def test_the_largest_layer_of_vgg19_has_411_megabytes():
+    largest = max(models.build("vgg19").layers, key=lambda layer: layer.count)
+    assert (largest.name, round(4 * largest.count / 1e6)) == ("fc1", 411)
+
+
+def test_a_network_is_defined_without_its_arrays():
+    tracemalloc.start()
+    try:
+        for name in LARGE:
+            models.build(name)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 8e6
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_large_network_computes_a_gradient_for_each_layer(name):
+    network = models.build(name, input_shape=SMALL[name], classes=3)
+    engine = network.bind(2, network.initialise(0))
+    generator = np.random.default_rng(0)
+    images = generator.standard_normal((2, *SMALL[name]), dtype=np.float32)
+    labels = np.array([2, 0])
+    assert np.isfinite(engine.step(images, labels))
+    assert np.isfinite(engine.gradients).all()
+    offset = 0
+    for layer in network.layers:
+        assert engine.gradients[offset : offset + layer.count].any(), layer.name
+        offset += layer.count
+
+
+def test_googlenet_descends_as_steep_as_its_gradient_says():
+    network = models.build("googlenet", input_shape=(32, 32, 3), classes=3)
+    engine = network.bind(2, network.initialise(0))
+    images = np.random.default_rng(0).standard_normal((2, 32, 32, 3), dtype=np.float32)
+    labels = np.array([2, 0])
+    before = engine.step(images, labels)
+    slope = float(engine.gradients @ engine.gradients)
+    engine.parameters -= np.float32(1e-2 * before / slope) * engine.gradients
+    assert before - engine.step(images, labels) == pytest.approx(1e-2 * before, rel=0.1)
+
+
+def test_parallel_branches_are_scheduled_in_the_order_of_their_definition():
+    names = [layer.name for layer in models.build("googlenet").layers]
+    module = ["1x1", "3x3_reduce", "3x3", "5x5_reduce", "5x5", "pool_proj"]
+    assert names[:3] == ["conv1", "conv2_reduce", "conv2"]
+    assert names[3:9] == [f"inception3a.{part}" for part in module]
+    assert names[-2:] == ["inception5b.pool_proj", "fc1"]
+
+
+def test_resnet20_has_027_million_parameters_and_no_other_statistics_than_of_its_norms():
+    network = models.build("resnet20")
+    assert round(network.parameters / 1e6, 2) == 0.27
+    assert network.statistics == 2 * 688
+    assert network.layers[1].name == "stage1.block1.conv1"
+
+
+def test_forward_flops_of_lenet_are_counted_by_hand():
+    # A multiply-add for each weight and output pixel.
+    products = 28 * 28 * 150 + 10 * 10 * 2400 + 400 * 120 + 120 * 84 + 84 * 10
+    assert models.build("lenet").forward_flops == 2 * products
+
+
+def test_forward_flops_of_resnet20_are_the_published_81_million():
+    assert models.build("resnet20").forward_flops / 2 == pytest.approx(40.55e6, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_other_shapes_and_classes_are_accepted(name):
+    network = models.build(name, input_shape=SMALL[name], classes=7)
+    assert network.input_shape == SMALL[name]
+    assert network.layers[-1].count % 7 == 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layer_names_are_unique(name):
+    names = [layer.name for layer in models.build(name).layers]
+    assert len(set(names)) == len(names)

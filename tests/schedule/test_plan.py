@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from dynacomm_async.errors import PlanError
+from dynacomm_async.schedule import Plan, Segment, cut_segments
+
+
+def test_a_plan_covers_all_layers_in_both_directions() -> None:
+    plan = Plan.from_cuts("mine", 5, [2], [1, 4])
+    assert plan.pull == (Segment(0, 1), Segment(2, 4))
+    assert plan.push == (Segment(4, 4), Segment(1, 3), Segment(0, 0))
+    assert list(plan.push[1].layers) == [1, 2, 3]
+
+
+def test_a_plan_is_saved_in_the_order_sent() -> None:
+    plan = Plan.from_cuts("mine", 3, [1], [2])
+    assert plan.to_json() == {
+        "strategy": "mine",
+        "pull": [[0, 0], [1, 2]],
+        "push": [[2, 2], [0, 1]],
+    }
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_saved_plan_is_read_back(seed: int, make_random_plan: Callable[[int, int], Plan]) -> None:
+    plan = make_random_plan(seed, 1 + seed)
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+def test_keys_without_a_meaning_are_ignored() -> None:
+    plan = Plan.from_cuts("mine", 3, [1], [2])
+    assert Plan.from_json({**plan.to_json(), "step_s": 0.5}) == plan
+
+
+@pytest.mark.parametrize(
+    ("first", "last"), [(1, 0), (-1, 0), (0, 1.0), (True, 1), (None, 0)], ids=str
+)
+def test_a_segment_that_cannot_be_is_not_made(first: Any, last: Any) -> None:
+    with pytest.raises(PlanError, match="expected"):
+        Segment(first, last)
+
+
+A, B, AB = Segment(0, 0), Segment(1, 1), Segment(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("n_layers", "pull", "push"),
+    [
+        (0, (), ()),
+        (2, (), (AB,)),
+        (2, (AB,), ()),
+        (2, (A,), (AB,)),
+        (2, (B, A), (AB,)),
+        (2, (AB,), (A, B)),
+        (2, (AB,), (B,)),
+        (2, (AB, B), (AB,)),
+        (2, (AB,), (B, AB)),
+        (2, (B,), (AB,)),
+        (1, (AB,), (A,)),
+    ],
+)
+def test_a_plan_that_leaves_out_repeats_or_misorders_layers_is_not_made(
+    n_layers: int, pull: tuple[Segment, ...], push: tuple[Segment, ...]
+) -> None:
+    with pytest.raises(PlanError, match="expected"):
+        Plan("mine", n_layers, pull, push)
+
+
+def test_a_plan_has_a_strategy() -> None:
+    with pytest.raises(PlanError, match="strategy"):
+        Plan("", 1, (A,), (A,))
+
+
+@pytest.mark.parametrize("cuts", [[0], [3], [2, 1], [1, 1], [-1]], ids=str)
+def test_cuts_ascend_inside_the_model(cuts: list[int]) -> None:
+    with pytest.raises(PlanError, match="expected ascending cuts"):
+        cut_segments(3, cuts)
+
+
+@pytest.mark.parametrize(
+    "mapping",
+    [
+        None,
+        [],
+        {},
+        {"strategy": "a", "pull": [[0, 0]]},
+        {"strategy": 1, "pull": [[0, 0]], "push": [[0, 0]]},
+        {"strategy": "a", "pull": [], "push": [[0, 0]]},
+        {"strategy": "a", "pull": [0], "push": [[0, 0]]},
+        {"strategy": "a", "pull": [[0]], "push": [[0, 0]]},
+        {"strategy": "a", "pull": [[0, "1"]], "push": [[0, 0]]},
+        {"strategy": "a", "pull": [[0, 1]], "push": [[0, 0]]},
+    ],
+    ids=str,
+)
+def test_a_bad_saved_plan_is_refused(mapping: object) -> None:
+    with pytest.raises(PlanError, match="expected"):
+        Plan.from_json(mapping)
