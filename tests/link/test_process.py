@@ -22,8 +22,7 @@ from dynacomm_async.link import LinkProcess, LinkSettings, arguments_of
 from dynacomm_async.wire.frame import PREFIX_NBYTES, MessageKind, Prefix
 
 MBIT_100 = 12.5e6
-TRIES = 12
-WAKE_UP_S = 0.004  # what the threads here may need to run when all processors are busy
+TRIES = 5
 
 
 def command(to: tuple[str, int], *options: str, listen: str = "127.0.0.1:0") -> list[str]:
@@ -104,8 +103,13 @@ def transfer(ways: list[tuple[socket.socket, socket.socket, bytes]]) -> list[flo
 
 
 def check(measure: Callable[[], float], expected_s: float, floor: float = 0.98) -> None:
-    """A link is never faster than it should be; nor slower, but for a machine that is busy."""
-    most_s = expected_s * 1.05 + WAKE_UP_S
+    """A link is never faster than it should be, however busy the machine; nor much slower.
+
+    How exactly it keeps time is arithmetic, tested in test_medium.py, and wake-ups, which are the
+    machine's: ``demos/benchmarks/link.py`` measures them. Here, a mistake that charges a byte or
+    an overhead twice, or to the wrong direction, would double the time.
+    """
+    most_s = expected_s * 1.6
     measured: list[float] = []
     while not measured or (len(measured) < TRIES and min(measured) > most_s):
         measured.append(measure())
@@ -166,24 +170,11 @@ def test_directions_do_not_slow_each_other_unless_the_link_is_half_duplex() -> N
 
 def test_a_schedule_changes_the_rate_under_way() -> None:
     schedule = ((0.0, None, 2.5e6), (0.5, None, 10e6))
-    arrived: list[tuple[float, int]] = []
     with Path(LinkSettings(schedule=schedule)).open() as [(client, server)]:
-        stream = message(4_000_000)
-        sender = threading.Thread(target=client.sendall, args=(stream,))
-        sender.start()
-        total = 0
-        while total < len(stream):
-            total += len(server.recv(1 << 20))
-            arrived.append((time.perf_counter(), total))
-        sender.join()
-
-    def rate(first: int, last: int) -> float:
-        inside = [(at, got) for at, got in arrived if first <= got <= last]
-        (begin, before), (end, after) = inside[0], inside[-1]
-        return (after - before) / (end - begin)
-
-    assert rate(100_000, 600_000) == pytest.approx(2.5e6, rel=0.07)
-    assert rate(2_000_000, 4_000_000) == pytest.approx(10e6, rel=0.07)
+        took_s = transfer([(client, server, message(4_000_000))])[0]
+    # 1.25 MB until the change and the rest after it, but for the time to connect; at the first
+    # rate alone it would be 1.6 s, at the second 0.4 s.
+    assert 0.65 < took_s < 1.3
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
