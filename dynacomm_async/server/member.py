@@ -136,9 +136,9 @@ class Member:
             self._dispatcher.ready(cells.first, cells.count)
             self._wake.set()
 
-    def set_timing(self, wait_ns: int, apply_ns: int) -> None:
+    def set_timing(self, wait_ns: int, apply_ns: int, last_slot: int) -> None:
         """Take note of what only the server saw; the next parameters carry it."""
-        self._timing = Timing(tuple(self._arrivals), wait_ns, apply_ns)
+        self._timing = Timing(tuple(self._arrivals), wait_ns, apply_ns, last_slot)
         self._arrivals.clear()
 
     def finish(self, ending: End | Error) -> None:

@@ -456,9 +456,10 @@ class ParameterServer:
 
     def _close_step(self, step: int) -> None:
         now_ns = monotonic_ns()
+        last_slot = max(self._last_push_ns, key=self._last_push_ns.__getitem__)
         for slot, member in self._members.items():
             wait_ns = self._all_pushed_ns - self._last_push_ns[slot]
-            member.set_timing(wait_ns, now_ns - self._all_pushed_ns)
+            member.set_timing(wait_ns, now_ns - self._all_pushed_ns, last_slot)
         reports = [self._reports.get(slot, (None, 0)) for slot in range(self.workers)]
         losses = [loss for loss, _ in reports if loss is not None]
         mean = sum(losses) / len(losses) if len(losses) == self.workers else None

@@ -91,11 +91,13 @@ class Timing:
             what the receiver saw of the uplink (``elapsed = messages * overhead + nbytes / rate``).
         wait_ns: from this worker's last gradient cell to the last worker's last one.
         apply_ns: from there until every cell was at its new version.
+        last_slot: the worker whose last cell was the last of all, for whom the others waited.
     """
 
     arrivals: tuple[tuple[int, int, int], ...] = ()
     wait_ns: int = 0
     apply_ns: int = 0
+    last_slot: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,7 +316,8 @@ def _encode_initial(m: Initial) -> tuple[int, Header]:
 def _encode_parameters(m: Parameters) -> tuple[int, Header]:
     header: Header = {"ranges": m.ranges}
     if m.timing is not None:
-        header["timing"] = [m.timing.arrivals, m.timing.wait_ns, m.timing.apply_ns]
+        timing = m.timing
+        header["timing"] = [timing.arrivals, timing.wait_ns, timing.apply_ns, timing.last_slot]
     return m.version, header
 
 
@@ -405,11 +408,11 @@ def _decode_parameters(prefix: Prefix, header: Header) -> Parameters:
     timing = None
     if "timing" in header:
         row = header["timing"]
-        if not isinstance(row, list) or len(row) != 3 or not isinstance(row[0], list):
-            raise _wrong("timing", row, "[arrivals, wait_ns, apply_ns]")
+        if not isinstance(row, list) or len(row) != 4 or not isinstance(row[0], list):
+            raise _wrong("timing", row, "[arrivals, wait_ns, apply_ns, last_slot]")
         timing = Timing(
             tuple(_whole_numbers(arrival, 3, "arrivals") for arrival in row[0]),  # type: ignore[misc]
-            *_whole_numbers(row[1:], 2, "timing"),
+            *_whole_numbers(row[1:], 3, "timing"),
         )
     return Parameters(prefix.step, _ranges(header.get("ranges")), timing)
 

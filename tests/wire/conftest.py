@@ -73,7 +73,10 @@ MESSAGES: st.SearchStrategy[Message] = st.one_of(
     st.builds(Join, texts, subscriptions, texts, tables),
     st.builds(Initial, ranges),
     st.builds(
-        Parameters, versions, ranges, st.none() | st.builds(Timing, arrivals, numbers, numbers)
+        Parameters,
+        versions,
+        ranges,
+        st.none() | st.builds(Timing, arrivals, numbers, numbers, numbers),
     ),
     st.builds(
         Gradients,

@@ -68,7 +68,7 @@ VALID: dict[MessageKind, dict[str, Any]] = {
     MessageKind.WELCOME: WELCOME,
     MessageKind.JOIN: JOIN,
     MessageKind.INITIAL: {"ranges": [[0, 1]]},
-    MessageKind.PARAMETERS: {"ranges": [[0, 1]], "timing": [[[1, 2, 3]], 4, 5]},
+    MessageKind.PARAMETERS: {"ranges": [[0, 1]], "timing": [[[1, 2, 3]], 4, 5, 6]},
     MessageKind.GRADIENTS: {"ranges": [[0, 1]], "subscribe": None, "report": [1.5, 3]},
     MessageKind.HEARTBEAT: {"number": 1, "reply": True, "clock_ns": 5},
     MessageKind.END: {},
@@ -95,7 +95,8 @@ NOT_LAYER_ROWS = [
     ["a", 1, 1, None], ["a", True, 1, 0], ["a", 0, 0, 0], ["a", 1, 2, 0], ["a", -1, 0, 0],
     ["", 1, 1, 0], 7, None, "a",
 ]  # fmt: skip
-NOT_TIMINGS = [None, 7, [], [[], 0], [[], 0, 0, 0], [{}, 0, 0], [None, 0, 0]]
+NOT_TIMINGS = [None, 7, [], [[], 0, 0], [[], 0, 0, 0, 0], [{}, 0, 0, 0], [None, 0, 0, 0]]
+NOT_TIMES = [[[], -1, 0, 0], [[], 0, 1.0, 0], [[], 0, 0, None]]
 
 WRONG_FIELDS: list[tuple[MessageKind, str, list[Any], str]] = [
     (MessageKind.HELLO, "protocol", NOT_COUNTS, "protocol is"),
@@ -120,8 +121,8 @@ WRONG_FIELDS: list[tuple[MessageKind, str, list[Any], str]] = [
     (MessageKind.INITIAL, "ranges", NOT_RANGES, "range"),
     (MessageKind.PARAMETERS, "ranges", NOT_RANGES, "range"),
     (MessageKind.PARAMETERS, "timing", NOT_TIMINGS, "timing is"),
-    (MessageKind.PARAMETERS, "timing", [[[], -1, 0], [[], 0, 1.0], [[], 0, None]], "timing is"),
-    (MessageKind.PARAMETERS, "timing", [[[[1, 2]], 0, 0], [[7], 0, 0]], "arrivals is"),
+    (MessageKind.PARAMETERS, "timing", NOT_TIMES, "timing is"),
+    (MessageKind.PARAMETERS, "timing", [[[[1, 2]], 0, 0, 0], [[7], 0, 0, 0]], "arrivals is"),
     (MessageKind.GRADIENTS, "ranges", NOT_RANGES, "range"),
     (MessageKind.GRADIENTS, "subscribe", NOT_SUBSCRIPTIONS, "subscribe is"),
     (MessageKind.GRADIENTS, "report", [None, 7, [], [1.0], [1.0, 2, 3], {}], "report is"),
