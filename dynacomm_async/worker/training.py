@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from time import monotonic_ns, sleep
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,24 +39,36 @@ class TrainedStep:
 class _StepHooks:
     """Weaves a step's transfers between the engine's layers."""
 
-    def __init__(self, step: Step, engine: Engine) -> None:
+    def __init__(self, step: Step, engine: Engine, slowdown: float) -> None:
         self._step = step
         self._engine = engine
         self._last = len(engine.network.layers) - 1
+        self._slowdown = slowdown
+        self._mark_ns = 0
 
     def before_forward(self, layer: int) -> None:
         self._step.wait(layer)
+        self._mark_ns = monotonic_ns()
 
     def after_forward(self, layer: int) -> None:
+        self._idle()
         self._step.forward_done()
         if layer == self._last:
             self._step.report(self._engine.loss, self._engine.batch)
 
     def before_backward(self, layer: int) -> None:
         """Nothing to wait for: this step's parameters prove that the last gradients have left."""
+        self._mark_ns = monotonic_ns()
 
     def after_backward(self, layer: int) -> None:
+        self._idle()
         self._step.gradient_ready(layer)
+
+    def _idle(self) -> None:
+        """Let the layer take as long as on a slower device, without using the processor."""
+        if self._slowdown > 1:
+            now_ns = monotonic_ns()
+            sleep((self._slowdown - 1) * (now_ns - self._mark_ns) / 1e9)
 
 
 def layer_specs(network: Network) -> tuple[LayerSpec, ...]:
@@ -77,8 +90,14 @@ def bind_engine(session: Session, network: Network, batch: int) -> Engine:
     )
 
 
-def train(session: Session, engine: Engine, batches: BatchSource) -> Iterator[TrainedStep]:
+def train(
+    session: Session, engine: Engine, batches: BatchSource, *, slowdown: float = 1.0
+) -> Iterator[TrainedStep]:
     """Train until the run ends; yield each step when it has been computed.
+
+    Args:
+        slowdown: every layer takes this many times as long as it computes, to imitate a slower
+            device; the processor is idle for the rest. At least 1.
 
     The caller may stop taking steps for a while, or for good. Between two steps it holds the run
     up, since the others wait for its gradients.
@@ -88,7 +107,7 @@ def train(session: Session, engine: Engine, batches: BatchSource) -> Iterator[Tr
     """
     images, labels = batches(session.welcome.version)
     for step in session.steps():
-        engine.step(images, labels, _StepHooks(step, engine))
+        engine.step(images, labels, _StepHooks(step, engine, slowdown))
         # The next batch is made while this step's last gradients are on their way.
         if step.index + 1 < session.welcome.steps:
             images, labels = batches(step.index + 1)
