@@ -14,9 +14,10 @@ from dynacomm_async.observe import TimelineEntry, check_plotting, plot_timelines
 from dynacomm_async.schedule import (
     PLANNERS,
     Costs,
+    bound_of_all_ns,
     evaluate,
     find_planner,
-    lower_bound_ns,
+    forecast,
     make_plan,
 )
 
@@ -70,13 +71,20 @@ def command(args: argparse.Namespace) -> int:
             seconds(plan["forward_s"]),
             seconds(plan["backward_s"]),
             seconds(plan["step_s"]),
+            *([seconds(plan["wait_s"])] if costs.others else []),
             f"{plan['step_s'] / plan['lower_bound_s']:.3f}" if plan["lower_bound_s"] else "-",
         ]
         for plan in plans
     ]
-    header = ["strategy", "pulls", "pushes", "forward", "backward", "step", "x lower bound"]
-    print(table(header, rows))
-    bound = lower_bound_ns(costs)
+    waiting = ["waiting"] if costs.others else []
+    header = ["strategy", "pulls", "pushes", "forward", "backward", "step", *waiting]
+    print(table([*header, "x lower bound"], rows))
+    if costs.others:
+        print(
+            "forward and backward: of the first worker; step: of all, who set out together;\n"
+            "waiting: how long the first worker is done before the slowest"
+        )
+    bound = bound_of_all_ns(costs)
     print(f"lower bound {seconds(bound.step_ns / 1e9)} ({bound.name})")
     for name in names if args.timeline else ():
         print(f"\n{name}\n{draw_timeline(evaluate(make_plan(name, costs), costs))}")
@@ -103,12 +111,14 @@ def describe_plan(strategy: str, costs: Costs) -> dict[str, Any]:
     """Return a strategy's plan and what it promises, in seconds."""
     plan = find_planner(strategy)(costs)
     timeline = evaluate(plan, costs)
+    run = forecast(find_planner(strategy), costs)
     return {
         "strategy": strategy,
         "pull": [[segment.first, segment.last] for segment in plan.pull],
         "push": [[segment.first, segment.last] for segment in plan.push],
         "forward_s": timeline.forward_ns / 1e9,
         "backward_s": timeline.backward_ns / 1e9,
-        "step_s": timeline.step_ns / 1e9,
-        "lower_bound_s": lower_bound_ns(costs).step_ns / 1e9,
+        "step_s": run.step_ns / 1e9,
+        "wait_s": run.waits_ns[0] / 1e9,
+        "lower_bound_s": bound_of_all_ns(costs).step_ns / 1e9,
     }

@@ -7,6 +7,7 @@ from __future__ import annotations
 from dynacomm_async.schedule.costs import Costs, LayerCosts
 from dynacomm_async.schedule.dispatch import OrderedDispatcher
 from dynacomm_async.schedule.estimator import Estimator, LayerTimes, LinkEstimator
+from dynacomm_async.schedule.forecast import Forecast, bound_of_all_ns, forecast
 from dynacomm_async.schedule.plan import Plan, Segment, cut_segments
 from dynacomm_async.schedule.planners import PLANNERS, find_planner, make_plan
 from dynacomm_async.schedule.timeline import (
@@ -23,6 +24,7 @@ __all__ = [
     "Computation",
     "Costs",
     "Estimator",
+    "Forecast",
     "LayerCosts",
     "LayerTimes",
     "LinkEstimator",
@@ -32,9 +34,11 @@ __all__ = [
     "Segment",
     "Timeline",
     "Transfer",
+    "bound_of_all_ns",
     "cut_segments",
     "evaluate",
     "find_planner",
+    "forecast",
     "lower_bound_ns",
     "make_plan",
 ]

@@ -67,9 +67,11 @@ class Costs:
         workers: how many workers train together.
         batch: samples of one worker in one step, where known.
         shared_link: whether all workers share one medium; see :attr:`link_share`.
+        others: the tables of the other workers where they differ, none of which has others
+            itself; empty: all workers are like this one.
 
     Raises:
-        PlanError: no layers, two layers of one name, a number that is not an ``int`` or is too
+        PlanError: others with others or with other layers, no layers, two layers of one name, a number that is not an ``int`` or is too
             small.
     """
 
@@ -82,6 +84,7 @@ class Costs:
     workers: int = 1
     batch: int | None = None
     shared_link: bool = False
+    others: tuple[Costs, ...] = ()
 
     def __post_init__(self) -> None:
         _check_layers(self.layers)
@@ -95,6 +98,12 @@ class Costs:
             _check_int(self.batch, 1, "batch")
         if not isinstance(self.shared_link, bool):
             raise PlanError(f"shared_link is {_show(self.shared_link)}, expected True or False")
+        sizes = [layer.nbytes for layer in self.layers]
+        for other in self.others:
+            if other.others:
+                raise PlanError("the table of another worker has others itself, expected none")
+            if [layer.nbytes for layer in other.layers] != sizes:
+                raise PlanError("the table of another worker has other layers, expected the same")
 
     @property
     def link_share(self) -> int:
@@ -111,8 +120,8 @@ class Costs:
 
         Times are in seconds, rounded here to whole nanoseconds. ``overhead_s`` and ``layers`` are
         required; ``overhead_up_s`` and ``overhead_down_s`` override ``overhead_s`` for their
-        direction; ``latency_up_s``, ``latency_down_s``, ``server_s``, ``workers``, ``batch`` and
-        ``link`` (``"own"`` or ``"shared"``) are optional. Other keys are ignored, so that files
+        direction; ``latency_up_s``, ``latency_down_s``, ``server_s``, ``workers``, ``batch``,
+        ``link`` (``"own"`` or ``"shared"``) and ``others`` (a list of such tables) are optional. Other keys are ignored, so that files
         may carry notes.
 
         Raises:
@@ -135,6 +144,7 @@ class Costs:
             workers=_read_count(table, "workers", where, 1),
             batch=None if batch is None else _read_count(table, "batch", where),
             shared_link=_read_link(table, where),
+            others=tuple(cls.from_json(other) for other in _read_others(table, where)),
         )
 
     def to_json(self) -> dict[str, object]:
@@ -156,6 +166,8 @@ class Costs:
         if self.batch is not None:
             table["batch"] = self.batch
         table["layers"] = [_write_layer(layer) for layer in self.layers]
+        if self.others:
+            table["others"] = [other.to_json() for other in self.others]
         return table
 
 
@@ -239,6 +251,16 @@ def _read_count(
         return value
     came = _show(value) if key in table else "missing"
     raise PlanError(f"{where}: {key} is {came}, expected a whole number of at least 1")
+
+
+def _read_others(table: Mapping[str, object], where: str) -> list[object]:
+    others = table.get("others", [])
+    if not isinstance(others, list):
+        raise PlanError(f"{where}: others is {_show(others)}, expected a list of cost tables")
+    for other in others:
+        if isinstance(other, Mapping) and other.get("others"):
+            raise PlanError(f"{where}: a table among others has others itself, expected none")
+    return others
 
 
 def _read_link(table: Mapping[str, object], where: str) -> bool:

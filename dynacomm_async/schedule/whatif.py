@@ -1,15 +1,18 @@
-"""A cost table as it would be with another link, batch or number of workers, and who wins then."""
+"""A cost table as it would be with another link, batch or number of workers, and who wins then.
+
+What changes, changes for all workers of the table alike.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import isfinite
 
 from dynacomm_async.errors import PlanError
 from dynacomm_async.schedule.costs import Costs, LayerCosts
+from dynacomm_async.schedule.forecast import bound_of_all_ns, forecast
 from dynacomm_async.schedule.planners.table import PLANNERS
-from dynacomm_async.schedule.timeline import evaluate, lower_bound_ns
 
 __all__ = [
     "CLOSE",
@@ -54,8 +57,8 @@ class Verdict:
 
 def judge(costs: Costs) -> Verdict:
     """Plan with every strategy and return what comes of it."""
-    steps_ns = {name: evaluate(plan(costs), costs).step_ns for name, plan in PLANNERS.items()}
-    return Verdict(steps_ns, lower_bound_ns(costs).step_ns)
+    steps_ns = {name: forecast(plan, costs).step_ns for name, plan in PLANNERS.items()}
+    return Verdict(steps_ns, bound_of_all_ns(costs).step_ns)
 
 
 def with_bandwidth(
@@ -78,7 +81,7 @@ def with_bandwidth(
             push_ns=round(layer.nbytes * 1e9 / up_bytes_per_s),
         )
 
-    return replace(costs, layers=tuple(map(changed, costs.layers)))
+    return _of_all(costs, lambda own: replace(own, layers=tuple(map(changed, own.layers))))
 
 
 def with_speed(costs: Costs, factor: float) -> Costs:
@@ -95,17 +98,22 @@ def with_speed(costs: Costs, factor: float) -> Costs:
             layer, pull_ns=round(layer.pull_ns / factor), push_ns=round(layer.push_ns / factor)
         )
 
-    return replace(costs, layers=tuple(map(changed, costs.layers)))
+    return _of_all(costs, lambda own: replace(own, layers=tuple(map(changed, own.layers))))
 
 
 def with_overhead(costs: Costs, overhead_ns: int) -> Costs:
     """Return the table for a link whose messages cost this much beside their bytes."""
-    return replace(costs, overhead_up_ns=overhead_ns, overhead_down_ns=overhead_ns)
+    return _of_all(
+        costs,
+        lambda own: replace(own, overhead_up_ns=overhead_ns, overhead_down_ns=overhead_ns),
+    )
 
 
 def with_latency(costs: Costs, latency_ns: int) -> Costs:
     """Return the table for a link with this latency each way."""
-    return replace(costs, latency_up_ns=latency_ns, latency_down_ns=latency_ns)
+    return _of_all(
+        costs, lambda own: replace(own, latency_up_ns=latency_ns, latency_down_ns=latency_ns)
+    )
 
 
 def with_batch(costs: Costs, batch: int) -> Costs:
@@ -127,9 +135,18 @@ def with_batch(costs: Costs, batch: int) -> Costs:
             backward_ns=round(layer.backward_ns * batch / old),
         )
 
-    return replace(costs, layers=tuple(map(changed, costs.layers)), batch=batch)
+    return _of_all(
+        costs, lambda own: replace(own, layers=tuple(map(changed, own.layers)), batch=batch)
+    )
 
 
 def with_workers(costs: Costs, workers: int) -> Costs:
-    """Return the table for another number of workers; it matters where they share the link."""
-    return replace(costs, workers=workers)
+    """Return the table for another number of workers, all like the table's own.
+
+    The number matters where they share the link.
+    """
+    return replace(costs, workers=workers, others=())
+
+
+def _of_all(costs: Costs, change: Callable[[Costs], Costs]) -> Costs:
+    return replace(change(costs), others=tuple(map(change, costs.others)))

@@ -52,7 +52,7 @@ def test_the_json_has_the_keys_of_the_contract_for_every_strategy(call, costs):
 
     assert [plan["strategy"] for plan in plans] == list(PLANNERS)
     for plan in plans:
-        assert set(plan) == KEYS
+        assert set(plan) == KEYS | {"wait_s"}
         assert sorted(i for a, b in plan["pull"] for i in range(a, b + 1)) == [0, 1]
         assert sorted(i for a, b in plan["push"] for i in range(a, b + 1)) == [0, 1]
         assert plan["lower_bound_s"] <= plan["step_s"]
