@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from dynacomm_async.errors import DynaCommError
 from dynacomm_async.transport import Address
+from dynacomm_async.worker.metrics import Metrics
 from dynacomm_async.worker.session import Layers, Session, Step
 from dynacomm_async.worker.step import Phase
 
@@ -105,6 +106,11 @@ class AsyncSession:
         """(m,) float32, written by the caller before its first gradient is ready."""
         return self.blocking.batch_statistics
 
+    @property
+    def metrics(self) -> Metrics:
+        """Where the time of each step went."""
+        return self.blocking.metrics
+
     def slice_of(self, layer: str | int) -> slice:
         """Return where a layer lies in ``parameters`` and ``gradients``."""
         return self.blocking.slice_of(layer)
@@ -114,7 +120,7 @@ class AsyncSession:
         for index in self.blocking.step_indices():
             step = Step(self.blocking, index)
             yield AsyncStep(step)
-            step.check_complete()
+            step.end()
         board = self.blocking.board
         if not board.ended:
             await _woken_by(board.when_ended)
@@ -148,7 +154,7 @@ class AsyncStep:
         step = self.blocking
         session = step.session
         index = session.index_of(layer)
-        step.forward_done()
+        step.begin_wait()
         if not session.board.is_granted(Phase.FORWARD, index, step.index):
             await _woken_by(lambda call: session.board.when(Phase.FORWARD, index, step.index, call))
             session.board.is_granted(Phase.FORWARD, index, step.index)  # raises what ended it

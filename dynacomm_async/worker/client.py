@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import monotonic_ns
@@ -24,6 +25,8 @@ from dynacomm_async.errors import (
     RemoteProtocolError,
 )
 from dynacomm_async.ranges import Range
+from dynacomm_async.recording import ClockOffset, Planned, Recorder
+from dynacomm_async.schedule.costs import Costs
 from dynacomm_async.schedule.estimator import Estimator
 from dynacomm_async.schedule.plan import Plan
 from dynacomm_async.transport import Channel
@@ -40,6 +43,7 @@ from dynacomm_async.wire.messages import (
     Message,
     Parameters,
     Report,
+    Timing,
     Welcome,
 )
 from dynacomm_async.worker.planning import Plans, push_messages, subscription
@@ -64,6 +68,9 @@ _GOODBYE_S = 0.5
 _PINGS = 5
 """Round trips that are timed before training; the shortest counts."""
 
+
+_KEPT_TIMINGS = 4
+"""Versions for which the server's words are kept; those of two may be here at once."""
 
 _EAGER_STEPS, _LAZY_EVERY = 8, 4
 """Plans are thought over after each of the first steps, then after every fourth."""
@@ -92,6 +99,10 @@ class Board:
 
     Written by the loop, read by any thread. ``granted[phase][layer]`` is the step for which the
     layer may be computed, -1 at first. Steps may repeat: only the very same one counts.
+
+    Attributes:
+        error: what ended the session; None while it goes on, and after the end of the run.
+        costs: the newest cost table; None while not known. Written by the loop.
     """
 
     def __init__(self, n_layers: int) -> None:
@@ -100,6 +111,16 @@ class Board:
         self._waiting: list[tuple[Phase, int, int, Callable[[], None]]] = []
         self._ended = False
         self.error: DynaCommError | None = None
+        self.costs: Costs | None = None
+        self._timings: deque[tuple[int, Timing]] = deque(maxlen=_KEPT_TIMINGS)
+
+    def note_timing(self, version: int, timing: Timing) -> None:
+        """Keep what came with the parameters of a version."""
+        self._timings.append((version, timing))
+
+    def timing_of(self, version: int) -> Timing | None:
+        """Return what came with the parameters of one of the last versions, if anything did."""
+        return next((timing for of, timing in self._timings.copy() if of == version), None)
 
     def is_granted(self, phase: Phase, layer: int, step: int) -> bool:
         """Return whether the layer may be computed now.
@@ -188,14 +209,19 @@ class Client:
     """A channel handler that keeps one worker's place in a run.
 
     All methods belong to the event loop's thread.
+
+    Args:
+        channel: to the server.
+        recorder: takes down which plan is followed when, and how the clocks differ.
     """
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, recorder: Recorder | None = None) -> None:
         loop = asyncio.get_running_loop()
         self.channel = channel
+        self._recorder = recorder
         self.round_trip_ns = 0
         self._welcome: asyncio.Future[Welcome] = loop.create_future()
-        self._pong: asyncio.Future[int] | None = None
+        self._pong: asyncio.Future[Heartbeat] | None = None
         self._over: asyncio.Future[None] = loop.create_future()
         self._training: _Training | None = None
         self._machines: dict[int, StepMachine] = {}
@@ -223,15 +249,18 @@ class Client:
         return await self._welcome
 
     async def measure_round_trip(self) -> None:
-        """Time a few heartbeats; the shortest is the round trip."""
-        times = []
+        """Time a few heartbeats; the shortest is the round trip, and sets the clocks in relation."""
+        trips = []
         for number in range(_PINGS):
             self._pong = asyncio.get_running_loop().create_future()
-            started = monotonic_ns()
-            await self.channel.send(Heartbeat(number, False, started))
-            await self._pong
-            times.append(monotonic_ns() - started)
-        self.round_trip_ns = min(times)
+            started_ns = monotonic_ns()
+            await self.channel.send(Heartbeat(number, False, started_ns))
+            answer = await self._pong
+            ended_ns = monotonic_ns()
+            trips.append((ended_ns - started_ns, answer.clock_ns - (started_ns + ended_ns) // 2))
+        self.round_trip_ns, offset_ns = min(trips)
+        if self._recorder is not None:
+            self._recorder.clock_offset = ClockOffset(offset_ns, -(-self.round_trip_ns // 2))
 
     async def join(
         self,
@@ -327,7 +356,7 @@ class Client:
                 self._answer = Heartbeat(message.number, True, monotonic_ns())
                 self._wake.set()
             elif self._pong is not None and not self._pong.done():
-                self._pong.set_result(message.number)
+                self._pong.set_result(message)
         elif isinstance(message, Welcome):
             if not self._welcome.done():
                 self._welcome.set_result(message)
@@ -370,7 +399,12 @@ class Client:
         # Not at once: the step's last message is about to leave.
         self._n_computed += 1
         if self._n_computed <= _EAGER_STEPS or self._n_computed % _LAZY_EVERY == 0:
-            asyncio.get_running_loop().call_soon(self.guard, self._joined.plans.refresh)
+            asyncio.get_running_loop().call_soon(self.guard, self._think)
+
+    def _think(self) -> None:
+        training = self._joined
+        training.plans.refresh()
+        training.board.costs = training.plans.costs or training.estimator.costs()
 
     # -- the rest --
 
@@ -415,6 +449,7 @@ class Client:
             for nbytes, elapsed_ns, messages in message.timing.arrivals:
                 estimator.up.observe(nbytes, elapsed_ns, min(messages, 1))
             estimator.observe_server(message.timing.apply_ns)
+            self._board.note_timing(message.version, message.timing)
         machine = self._machines[message.version]
         for cells in message.ranges:
             try:

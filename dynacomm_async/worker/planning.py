@@ -35,10 +35,12 @@ class Plans(ABC):
 
     Attributes:
         changes: ``(step, plan)`` for every step whose plan differs from the one before.
+        costs: what the newest thinking rests on; None while there is nothing to think with.
     """
 
     def __init__(self) -> None:
         self.changes: list[tuple[int, Plan]] = []
+        self.costs: Costs | None = None
 
     def plan(self, step: int) -> Plan:
         """Return the plan of ``step``; steps come in order."""
@@ -83,6 +85,7 @@ class AdaptivePlans(Plans):
     def refresh(self) -> None:
         """Plan for the newest costs, and keep that plan if it is clearly better than the last."""
         costs = self._estimator.costs()
+        self.costs = costs
         if costs is None:
             return
         fresh, current = self._planner(costs), self._current

@@ -30,6 +30,7 @@ from dynacomm_async.transport import Address, Channel, LoopThread, connect, pars
 from dynacomm_async.wire.grid import Grid, LayerSpec, as_layer_specs
 from dynacomm_async.wire.messages import Hello, Report, Welcome
 from dynacomm_async.worker.client import Arenas, Board, Client
+from dynacomm_async.worker.metrics import Metrics
 from dynacomm_async.worker.planning import AdaptivePlans, Plans
 from dynacomm_async.worker.step import Phase
 
@@ -93,6 +94,7 @@ class Session:
             ``step.gradient_ready(layer)`` until the next step's ``step.wait(layer)``.
         batch_statistics: (m,) float32, written by the caller before its first gradient is ready.
         plans: the plans that were followed.
+        metrics: where the time of each step went; a step is added when the next one is asked for.
 
     Raises (on entering):
         ConfigError: an address or strategy that is none.
@@ -137,6 +139,7 @@ class Session:
         self._lock = threading.Lock()  # for the next two
         self._opening: concurrent.futures.Future[None] | None = None
         self._abandoned = False
+        self.metrics = Metrics()
         self.welcome: Welcome
         self.grid: Grid
         self.plans: Plans
@@ -249,7 +252,7 @@ class Session:
         for index in self.step_indices():
             step = Step(self, index)
             yield step
-            step.check_complete()
+            step.end()
         self.wait_ended()
 
     def step_indices(self) -> Iterator[int]:
@@ -410,6 +413,7 @@ class Step:
         self.session = session
         self._forward_ns = [0] * n_layers
         self._backward_ns = [0] * n_layers
+        self._stalled_ns = 0  # waiting for parameters
         self._ready = [False] * n_layers  # gradients handed over
         self._current: int | None = None  # the layer whose forward is being computed
         self._mark_ns = self.started_ns
@@ -421,7 +425,7 @@ class Step:
             DynaCommError: what ended the session.
         """
         index = self.session.index_of(layer)
-        self.forward_done()
+        self.begin_wait()
         board = self.session.board
         if not board.is_granted(Phase.FORWARD, index, self.index):
             landed = threading.Event()
@@ -445,10 +449,17 @@ class Step:
             self._forward_ns[self._current] += monotonic_ns() - self._mark_ns
             self._current = None
 
-    def end_wait(self, layer: int) -> None:
-        """Start the clock of a layer whose parameters are here."""
-        self._current = layer
+    def begin_wait(self) -> None:
+        """Stop the clock of the layer that was computed, start that of waiting."""
+        self.forward_done()
         self._mark_ns = monotonic_ns()
+
+    def end_wait(self, layer: int) -> None:
+        """Stop the clock of waiting, start that of a layer whose parameters are here."""
+        now_ns = monotonic_ns()
+        self._stalled_ns += now_ns - self._mark_ns
+        self._current = layer
+        self._mark_ns = now_ns
 
     def report(self, loss: float, images: int = 0) -> None:
         """Tell the server the loss of this worker's batch; call it when the forward is done."""
@@ -498,12 +509,25 @@ class Step:
         """What computing took so far, without waits."""
         return sum(self._forward_ns) + sum(self._backward_ns)
 
-    def check_complete(self) -> None:
-        """Make sure that the step was finished.
+    def end(self) -> None:
+        """Make sure that the step was finished, and account for its time.
 
         Raises:
             LocalProtocolError: gradients are missing.
         """
+        self._check_complete()
+        session = self.session
+        session.metrics.add(
+            self.index,
+            session.plans.plan_of(self.index),
+            session.board.costs,
+            session.board.timing_of(self.index),
+            step_ns=monotonic_ns() - self.started_ns,
+            compute_ns=self.compute_ns,
+            stalled_ns=self._stalled_ns,
+        )
+
+    def _check_complete(self) -> None:
         layers = zip(self.session.grid.layers, self._ready, strict=True)
         missing = [spec.name for spec, ready in layers if not ready]
         if missing:
