@@ -25,7 +25,7 @@ from itertools import accumulate
 from dynacomm_async.schedule.costs import Costs
 from dynacomm_async.schedule.plan import Plan
 
-__all__ = ["earliest_ends_ns", "plan_dynacomm"]
+__all__ = ["earliest_ends_ns", "fewest_cuts", "plan_dynacomm", "sum_up"]
 
 
 def plan_dynacomm(costs: Costs) -> Plan:
@@ -36,14 +36,14 @@ def plan_dynacomm(costs: Costs) -> Plan:
     """
     layers = costs.layers[::-1]
     share = costs.link_share
-    pull_cuts = _fewest_cuts(
-        [layer.forward_ns for layer in layers],
-        _scale([layer.pull_ns for layer in layers], share),
+    pull_cuts = fewest_cuts(
+        sum_up([layer.forward_ns for layer in layers]),
+        sum_up(_scale([layer.pull_ns for layer in layers], share)),
         costs.overhead_down_ns * share,
     )
-    push_cuts = _fewest_cuts(
-        [layer.backward_ns for layer in layers],
-        _scale([layer.push_ns for layer in layers], share),
+    push_cuts = fewest_cuts(
+        sum_up([layer.backward_ns for layer in layers]),
+        sum_up(_scale([layer.push_ns for layer in layers], share)),
         costs.overhead_up_ns * share,
     )
     return Plan.from_cuts("dynacomm", len(layers), pull_cuts, push_cuts)
@@ -57,13 +57,13 @@ def earliest_ends_ns(costs: Costs) -> tuple[int, int]:
     """
     layers = costs.layers[::-1]
     forward_ns = _earliest_end_ns(
-        _sum_up([layer.forward_ns for layer in layers]),
-        _sum_up([layer.pull_ns for layer in layers]),
+        sum_up([layer.forward_ns for layer in layers]),
+        sum_up([layer.pull_ns for layer in layers]),
         costs.overhead_down_ns,
     )
     backward_ns = _earliest_end_ns(
-        _sum_up([layer.backward_ns for layer in layers]),
-        _sum_up([layer.push_ns for layer in layers]),
+        sum_up([layer.backward_ns for layer in layers]),
+        sum_up([layer.push_ns for layer in layers]),
         costs.overhead_up_ns,
     )
     return forward_ns, backward_ns
@@ -73,7 +73,8 @@ def _scale(values: list[int], factor: int) -> list[int]:
     return values if factor == 1 else [value * factor for value in values]
 
 
-def _sum_up(values: Sequence[int]) -> list[int]:
+def sum_up(values: Sequence[int]) -> list[int]:
+    """Return the prefix sums, the first of them 0."""
     return list(accumulate(values, initial=0))
 
 
@@ -103,17 +104,22 @@ def _earliest_end_ns(ready: Sequence[int], sent: Sequence[int], overhead_ns: int
     return starts[-1] + sent[-1]
 
 
-def _fewest_cuts(compute: Sequence[int], transfer: Sequence[int], overhead_ns: int) -> list[int]:
+def fewest_cuts(ready: Sequence[int], sent: Sequence[int], overhead_ns: int) -> list[int]:
     """Return the ascending cuts, as layers, of a phase given from its last layer.
+
+    Of the plans that end the phase as early as possible it is one with the fewest messages. O(L).
 
     Going back from the end, every message leaves as late as the optimum allows and takes in as
     many positions as are ready by then. Any other choice has left at least as many for the
     messages before it, so none has fewer messages.
+
+    Args:
+        ready: (L + 1,) the prefix sums of the computation.
+        sent: (L + 1,) the prefix sums of the transfer.
+        overhead_ns: of every message.
     """
-    ready = _sum_up(compute)
-    sent = _sum_up(transfer)
     slack_ns = _earliest_end_ns(ready, sent, overhead_ns) - sent[-1]
-    n_layers = len(compute)
+    n_layers = len(ready) - 1
     cuts: list[int] = []
     end = n_layers  # positions 1..end are not yet in a segment
     while True:
