@@ -21,7 +21,16 @@ from dynacomm_async.schedule.costs import Costs
 from dynacomm_async.schedule.plan import Plan
 from dynacomm_async.schedule.timeline import LowerBound, Timeline, evaluate, lower_bound_ns
 
-__all__ = ["Expectation", "StepAccount", "Summary", "account_for", "expect", "summarise"]
+__all__ = [
+    "Expectation",
+    "LinkObserved",
+    "StepAccount",
+    "Summary",
+    "WorkerReport",
+    "account_for",
+    "expect",
+    "summarise",
+]
 
 _LEAST_STEPS = 8
 """Steps under one plan that say more than all steps under several plans do."""
@@ -153,6 +162,42 @@ def account_for(
         busy_ns=None if expectation is None else expectation.timeline.busy_ns,
         bound=None if expectation is None else expectation.bound,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class LinkObserved:
+    """What is known of a worker's link.
+
+    Attributes:
+        known: whether both rates and overheads can be told; if not, they are guesses.
+        n_down: messages that the downlink's rate and overhead were fitted to, and older ones.
+        n_up: likewise of the uplink.
+    """
+
+    known: bool
+    n_down: int
+    n_up: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReport:
+    """All that explains how one worker spent its time.
+
+    Attributes:
+        slot: its rank.
+        workers: how many ranks the run has.
+        expectation: what the plan in use promises by the newest costs; None if nothing is known.
+        link: what the costs of the link rest on.
+        summary: a typical step; None if no step followed the same plan as the one before.
+        plans: ``(step, plan)`` for every step whose plan differs from the one before.
+    """
+
+    slot: int
+    workers: int
+    expectation: Expectation | None
+    link: LinkObserved
+    summary: Summary | None
+    plans: tuple[tuple[int, Plan], ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,6 +103,11 @@ class LinkEstimator:
         """Time a byte occupies the link; while not known a guess, 0 with nothing observed."""
         return self._result().ns_per_byte
 
+    @property
+    def n_observed(self) -> int:
+        """How many observations there have been."""
+        return self._count
+
     def observe(self, nbytes: int, elapsed_ns: int, messages: int) -> None:
         """Add one observation; the last 64 count, and always 16 with and 16 without an overhead.
 

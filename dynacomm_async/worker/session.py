@@ -24,9 +24,14 @@ from dynacomm_async.errors import (
     PeerError,
     ShapeError,
 )
+from dynacomm_async.recording import Computed, Recorder
+from dynacomm_async.schedule.account import LinkObserved, WorkerReport, expect, summarise
+from dynacomm_async.schedule.costs import Costs
 from dynacomm_async.schedule.estimator import Estimator
 from dynacomm_async.schedule.planners import find_planner
 from dynacomm_async.transport import Address, Channel, LoopThread, connect, parse_address
+from dynacomm_async.transport.channel import Handler
+from dynacomm_async.transport.recorded import RecordedChannel
 from dynacomm_async.wire.grid import Grid, LayerSpec, as_layer_specs
 from dynacomm_async.wire.messages import Hello, Report, Welcome
 from dynacomm_async.worker.client import Arenas, Board, Client
@@ -42,6 +47,9 @@ DEFAULT_STRATEGY = "dynacomm"
 
 _GREETING_S = 30.0
 """How long a server may take to answer a hello; slow links have a part in it."""
+
+_LEAST_WAIT_NS = 10_000
+"""Shorter waits are not recorded: the parameters were there."""
 
 _LEAST_ATTEMPT_S = 1.0
 """How long one attempt to connect may take, at least."""
@@ -82,6 +90,7 @@ class Session:
         plans: makes the plans instead of ``strategy``.
         estimator: what is known of this model and link already; added to. None starts afresh.
         io: the thread that does the I/O, shared with other sessions; None starts one.
+        recorder: takes down what this session does and when; None records nothing.
 
     Attributes (once entered):
         welcome: what the server said; ``welcome.slot`` is this worker's rank.
@@ -118,6 +127,7 @@ class Session:
         plans: PlansFactory | None = None,
         estimator: Estimator | None = None,
         io: LoopThread | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self.address = (
             parse_address(address, port=DEFAULT_PORT) if isinstance(address, str) else address
@@ -134,6 +144,9 @@ class Session:
         self._plans_factory = plans
         self._estimator = estimator
         self._shared_io = io
+        if recorder is not None:
+            recorder.begin("worker")
+        self.recorder = recorder
         self._own_io: LoopThread | None = None  # while entered
         self._client: Client | None = None
         self._lock = threading.Lock()  # for the next two
@@ -271,6 +284,24 @@ class Session:
             over.wait()
             assert self.board.ended
 
+    def describe(self) -> WorkerReport:
+        """Return what explains how this worker has spent its time so far.
+
+        For the thread that computes, between two steps or after the last one; also after the
+        session was closed. :func:`dynacomm_async.observe.explain` makes a text of it.
+        """
+        io = self._shared_io or self._own_io
+        costs, link = self._measured() if io is None else io.submit(self._measured_soon()).result()
+        _, plan = self.plans.changes[-1]
+        return WorkerReport(
+            slot=self.welcome.slot,
+            workers=self.welcome.workers,
+            expectation=None if costs is None else expect(plan, costs),
+            link=link,
+            summary=summarise(self.metrics.steps),
+            plans=tuple(self.plans.changes),
+        )
+
     def post(self, call: Callable[..., object], *args: object) -> None:
         """Have the event loop call something of the client's."""
         self._io.loop.call_soon_threadsafe(self.client.guard, call, *args)
@@ -284,6 +315,18 @@ class Session:
 
     # -- on the event loop --
 
+    async def _measured_soon(self) -> tuple[Costs | None, LinkObserved]:
+        return self._measured()
+
+    def _measured(self) -> tuple[Costs | None, LinkObserved]:
+        estimator = self.estimator
+        link = LinkObserved(
+            estimator.up.known and estimator.down.known,
+            estimator.down.n_observed,
+            estimator.up.n_observed,
+        )
+        return self.plans.costs or estimator.costs(guess=True), link
+
     async def _open(self) -> None:
         try:
             await self._join()
@@ -296,6 +339,11 @@ class Session:
         client, welcome = await self._reach()
         self.grid = Grid(await asyncio.to_thread(self._table, welcome))
         self._indices = {spec.name: index for index, spec in enumerate(self.grid.layers)}
+        if self.recorder is not None:
+            self.recorder.layers = [
+                (spec.name, *self.grid.layer_cells(layer))
+                for layer, spec in enumerate(self.grid.layers)
+            ]
         self._arenas = Arenas.allocate(self.grid)
         if welcome.upload:
             self._fill_initial()
@@ -345,9 +393,13 @@ class Session:
     async def _connect(self, limit_s: float) -> Client:
         clients: list[Client] = []  # a loop may make one before it knows that nobody answers
 
-        def make_client(channel: Channel) -> Client:
-            clients.append(Client(channel))
-            return clients[-1]
+        def make_client(channel: Channel) -> Handler:
+            if self.recorder is None:
+                clients.append(Client(channel))
+                return clients[-1]
+            recorded = RecordedChannel(channel, self.recorder)
+            clients.append(Client(recorded, self.recorder))
+            return recorded.handler(clients[-1])
 
         try:
             async with asyncio.timeout(limit_s):
@@ -417,6 +469,7 @@ class Step:
         self._ready = [False] * n_layers  # gradients handed over
         self._current: int | None = None  # the layer whose forward is being computed
         self._mark_ns = self.started_ns
+        self._recorder = session.recorder
 
     def wait(self, layer: str | int) -> None:
         """Block until the layer's parameters have arrived.
@@ -446,7 +499,9 @@ class Step:
     def forward_done(self) -> None:
         """Stop the clock of the layer whose forward was being computed; idempotent."""
         if self._current is not None:
-            self._forward_ns[self._current] += monotonic_ns() - self._mark_ns
+            now_ns = monotonic_ns()
+            self._forward_ns[self._current] += now_ns - self._mark_ns
+            self._record("forward", self._current, self._mark_ns, now_ns)
             self._current = None
 
     def begin_wait(self) -> None:
@@ -458,6 +513,8 @@ class Step:
         """Stop the clock of waiting, start that of a layer whose parameters are here."""
         now_ns = monotonic_ns()
         self._stalled_ns += now_ns - self._mark_ns
+        if now_ns - self._mark_ns >= _LEAST_WAIT_NS:
+            self._record("wait", layer, self._mark_ns, now_ns)
         self._current = layer
         self._mark_ns = now_ns
 
@@ -493,16 +550,21 @@ class Step:
         self._ready[index] = True
         if self._current is not None:
             # Nobody said where the forward ended: of this layer's time a third, as is usual.
-            elapsed_ns = now_ns - self._mark_ns
-            self._forward_ns[self._current] += elapsed_ns // 3
-            self._backward_ns[index] += elapsed_ns - elapsed_ns // 3
+            turned_ns = self._mark_ns + (now_ns - self._mark_ns) // 3
+            self._forward_ns[self._current] += turned_ns - self._mark_ns
+            self._record("forward", self._current, self._mark_ns, turned_ns)
+            self._mark_ns = turned_ns
             self._current = None
-        else:
-            self._backward_ns[index] += now_ns - self._mark_ns
+        self._backward_ns[index] += now_ns - self._mark_ns
+        self._record("backward", index, self._mark_ns, now_ns)
         session.post(session.client.gradient_ready, self.index, index)
         if all(self._ready):
             session.post(session.client.step_computed, self._forward_ns, self._backward_ns)
         self._mark_ns = monotonic_ns()
+
+    def _record(self, what: str, layer: int, start_ns: int, end_ns: int) -> None:
+        if self._recorder is not None:
+            self._recorder.add(Computed(what, self.index, layer, start_ns, end_ns))
 
     @property
     def compute_ns(self) -> int:
