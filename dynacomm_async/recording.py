@@ -1,7 +1,7 @@
 """What one process did and when: every message each way, what it computed and what it waited for.
 
 A :class:`Recorder` is handed to a session, a server or a link, which append to it; without one
-nothing is recorded and nothing is paid. What it has taken down so far is a :class:`Recording`: plain
+nothing is recorded and nothing is paid. What it has taken down is a :class:`Recording`: plain
 values that can be saved. :mod:`dynacomm_async.observe` joins the recordings of a run on one clock.
 
 Times are nanoseconds of ``time.monotonic_ns`` in the process. On one machine all processes share
@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import reprlib
-import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,8 +118,8 @@ class Updated(NamedTuple):
     step: int
     start_ns: int
     end_ns: int
-    first: int
-    count: int
+    first_cell: int
+    n_cells: int
 
 
 class ClockOffset(NamedTuple):
@@ -295,7 +295,7 @@ class Recorder:
             role=self.role,
             label=self.label,
             host=_host(),
-            host_name=socket.gethostname(),
+            host_name=platform.node(),
             pid=os.getpid(),
             clock_offset=self.clock_offset,
             layers=tuple(self.layers),
@@ -316,6 +316,8 @@ _ROWS: dict[str, Any] = {
     "planned": Planned,
     "updated": Updated,
 }
+"""The attributes that hold events, and their kinds."""
+
 _NAMES = {kind: name for name, kind in _ROWS.items()}
 
 
@@ -375,4 +377,4 @@ def _host() -> str:
     try:
         return _BOOT_ID.read_text().strip()
     except OSError:
-        return socket.gethostname()
+        return platform.node()

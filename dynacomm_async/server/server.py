@@ -21,10 +21,13 @@ from dynacomm_async.errors import (
     RemoteProtocolError,
 )
 from dynacomm_async.ranges import Range
+from dynacomm_async.recording import Recorder, Updated
 from dynacomm_async.server.member import Member, Refusal
 from dynacomm_async.server.rounds import Rounds
 from dynacomm_async.server.store import Store, Training, parameters_sha256
 from dynacomm_async.transport import Address, Channel, TcpListener, listen, parse_address
+from dynacomm_async.transport.channel import Handler
+from dynacomm_async.transport.recorded import RecordedChannel
 from dynacomm_async.wire.frame import PREFIX_NBYTES, Prefix
 from dynacomm_async.wire.grid import Grid, LayerSpec, as_layer_specs
 from dynacomm_async.wire.messages import (
@@ -117,6 +120,7 @@ class ParameterServer:
         listen: where; port 0 lets the kernel choose one.
         insecure: allow listening where other machines can reach it. There is no authentication.
         on_step: called on the event loop after each step.
+        recorder: takes down what this server does and when; None records nothing.
 
     Raises:
         ConfigError: arguments that cannot work, or settings that cannot be sent; raised by
@@ -138,6 +142,7 @@ class ParameterServer:
         listen: str | Address = "127.0.0.1:0",
         insecure: bool = False,
         on_step: Callable[[StepRecord], None] | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         if workers < 1:
             raise ConfigError(f"{workers} workers, expected at least 1")
@@ -153,6 +158,9 @@ class ParameterServer:
         self._listen_at = parse_address(listen) if isinstance(listen, str) else listen
         self._insecure = insecure
         self._on_step = on_step
+        if recorder is not None:
+            recorder.begin("server")
+        self._recorder = recorder
         self._store: Store | None = None
         self._rounds: Rounds | None = None
         self._has_initial = initial is not None
@@ -227,7 +235,7 @@ class ParameterServer:
         assert self._result is not None, "the server has not been started"
         return await asyncio.shield(self._result)
 
-    def connect_channel(self, channel: Channel) -> Member:
+    def connect_channel(self, channel: Channel) -> Handler:
         """Take a connection in that does not come from the listener; returns its handler."""
         return self._accept(channel)
 
@@ -371,10 +379,15 @@ class ParameterServer:
     def _finishing(self) -> bool:
         return self._step >= self.steps
 
-    def _accept(self, channel: Channel) -> Member:
-        member = Member(self, channel)
+    def _accept(self, channel: Channel) -> Handler:
+        if self._recorder is None:
+            member = Member(self, channel)
+            self._connections.add(member)
+            return member
+        recorded = RecordedChannel(channel, self._recorder)
+        member = Member(self, recorded)
         self._connections.add(member)
-        return member
+        return recorded.handler(member)
 
     def _adopt(self, grid: Grid) -> Store:
         self._store = Store(grid, self.workers, self._training)
@@ -445,7 +458,12 @@ class ParameterServer:
         assert self._store is not None
         assert self._rounds is not None
         step = self._rounds.step
-        self._store.apply(cells, step)
+        if self._recorder is None:
+            self._store.apply(cells, step)
+        else:
+            started_ns = monotonic_ns()
+            self._store.apply(cells, step)
+            self._recorder.add(Updated(step, started_ns, monotonic_ns(), *cells))
         ended = self._rounds.apply(cells)
         if ended:
             self._close_step(step)

@@ -249,7 +249,7 @@ class Client:
         return await self._welcome
 
     async def measure_round_trip(self) -> None:
-        """Time a few heartbeats; the shortest is the round trip, and sets the clocks in relation."""
+        """Time a few heartbeats; the shortest is the round trip, and relates the two clocks."""
         trips = []
         for number in range(_PINGS):
             self._pong = asyncio.get_running_loop().create_future()
@@ -432,6 +432,8 @@ class Client:
             push_messages(plan, training.grid),
             training.grid.statistics_cells,
         )
+        if self._recorder is not None and training.plans.changes[-1][0] == step:
+            self._recorder.add(Planned(step, monotonic_ns(), plan.to_json()))
         return plan
 
     def _bytes(self, arena: Floats, ranges: Sequence[Range]) -> list[memoryview]:

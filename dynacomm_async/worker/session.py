@@ -288,7 +288,7 @@ class Session:
         """Return what explains how this worker has spent its time so far.
 
         For the thread that computes, between two steps or after the last one; also after the
-        session was closed. :func:`dynacomm_async.observe.explain` makes a text of it.
+        session was closed. :func:`dynacomm_async.observe.explain_worker` makes a text of it.
         """
         io = self._shared_io or self._own_io
         costs, link = self._measured() if io is None else io.submit(self._measured_soon()).result()
