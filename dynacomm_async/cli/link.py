@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 
+from dynacomm_async.cli.output import check_writable
 from dynacomm_async.link.options import add_arguments
 from dynacomm_async.link.process import run_link
 
@@ -17,6 +18,8 @@ EXAMPLE = (
 
 def command(args: argparse.Namespace) -> int:
     """Relay until told to end."""
+    if args.trace is not None:
+        check_writable(args.trace)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     run_link(args)
     return 0

@@ -24,8 +24,10 @@ from typing import Final, NamedTuple
 from dynacomm_async.link.counters import Tally
 from dynacomm_async.link.medium import Medium, Rates
 from dynacomm_async.link.walk import MessageWalk
+from dynacomm_async.recording import Carried, ConnectionLog, Recorder
+from dynacomm_async.wire.frame import PREFIX_NBYTES, Prefix
 
-__all__ = ["PIECE_NS", "Clock", "Endpoint", "Flow"]
+__all__ = ["PIECE_NS", "Clock", "Endpoint", "Flow", "FlowLog"]
 
 PIECE_NS: Final = 1_000_000
 """A piece is about this long on the medium: short beside a message, long beside a wake-up."""
@@ -45,14 +47,18 @@ _OVERDUE_PIECES: Final = 4
 
 
 class Clock:
-    """Nanoseconds since the link started."""
+    """Nanoseconds since the link started.
+
+    Attributes:
+        origin_ns: when that was, on the process's monotonic clock.
+    """
 
     def __init__(self) -> None:
-        self._origin_ns = time.monotonic_ns()
+        self.origin_ns = time.monotonic_ns()
 
     def now_ns(self) -> int:
         """Return the time since the clock was made."""
-        return time.monotonic_ns() - self._origin_ns
+        return time.monotonic_ns() - self.origin_ns
 
     async def wait_until(self, at_ns: int) -> None:
         """Return as soon as the loop can after ``at_ns``; does not yield if that has passed."""
@@ -76,12 +82,63 @@ class Endpoint:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
 
+class FlowLog:
+    """Takes down when the messages of one direction of one connection were on the medium.
+
+    Args:
+        recorder: gets every message that has been delivered.
+        connection: the recorder's entry.
+        up: whether the direction leads to the server.
+    """
+
+    def __init__(self, recorder: Recorder, connection: ConnectionLog, *, up: bool) -> None:
+        self._recorder = recorder
+        self._connection = connection
+        self._up = up
+        self._start_ns = 0
+
+    def begin(self, start_ns: int) -> None:
+        """A message begins to occupy the medium."""
+        self._start_ns = start_ns
+
+    def end(self, message: Prefix, end_ns: int) -> Carried:
+        """Its last byte is through; return the entry, to be completed on delivery."""
+        return Carried(
+            self._connection.number,
+            self._up,
+            message.kind.name,
+            message.step,
+            self._start_ns,
+            end_ns,
+            0,
+            PREFIX_NBYTES + message.header_nbytes + message.payload_nbytes,
+        )
+
+    def deliver(self, carried: Carried, origin_ns: int, delivered_ns: int) -> None:
+        """Its last byte was handed to the receiver; all times count from ``origin_ns``."""
+        self._recorder.add(
+            carried._replace(
+                start_ns=origin_ns + carried.start_ns,
+                end_ns=origin_ns + carried.end_ns,
+                delivered_ns=origin_ns + delivered_ns,
+            )
+        )
+
+
 class _Parcel(NamedTuple):
-    """Bytes under way; ``returns`` is the buffer that is free again once they are delivered."""
+    """Bytes under way.
+
+    Attributes:
+        due_ns: when they are to be delivered.
+        data: the bytes.
+        returns: the buffer that is free again once they are delivered.
+        carried: the message that ends with them, where somebody records it.
+    """
 
     due_ns: int
     data: memoryview
     returns: bytearray | None
+    carried: Carried | None
 
 
 def _piece_limit(rates: Rates, now_ns: int) -> int:
@@ -108,6 +165,7 @@ class Flow:
         delay_ns: int,
         walk: MessageWalk,
         tallies: tuple[Tally, ...],
+        log: FlowLog | None = None,
     ) -> None:
         self._source = source
         self._sink = sink
@@ -117,6 +175,7 @@ class Flow:
         self._delay_ns = delay_ns
         self._walk = walk
         self._tallies = tallies
+        self._log = log
         self._loop = asyncio.get_running_loop()
         self._start_ns = self._end_ns = clock.now_ns()
         self._parcels: deque[_Parcel] = deque()
@@ -223,15 +282,20 @@ class Flow:
             self._start_ns, self._end_ns = self._medium.reserve(
                 arrival_ns, part.nbytes, int(part.begins), self._rates
             )
+            carried = None
+            if part.begins and self._log is not None:
+                self._log.begin(self._start_ns)
             if part.ended is not None:
                 for tally in self._tallies:
                     tally.add(part.ended)
+                if self._log is not None:
+                    carried = self._log.end(part.ended, self._end_ns)
             end = offset + part.nbytes
-            self._post(data[offset:end], returns if end == nbytes else None)
+            self._post(data[offset:end], returns if end == nbytes else None, carried)
             offset = end
 
-    def _post(self, data: memoryview, returns: bytearray | None) -> None:
-        self._parcels.append(_Parcel(self._end_ns + self._delay_ns, data, returns))
+    def _post(self, data: memoryview, returns: bytearray | None, carried: Carried | None) -> None:
+        self._parcels.append(_Parcel(self._end_ns + self._delay_ns, data, returns, carried))
         self._arrived.set()
 
     async def _deliver(self, parcel: _Parcel) -> None:
@@ -241,6 +305,8 @@ class Flow:
             sent = 0
         if sent < len(parcel.data):
             await self._loop.sock_sendall(self._sink.sock, parcel.data[sent:])
+        if self._log is not None and parcel.carried is not None:
+            self._log.deliver(parcel.carried, self._clock.origin_ns, self._clock.now_ns())
 
     def _recycle(self, parcel: _Parcel) -> None:
         if parcel.returns is not None and len(self._spare) < _OVERDUE_PIECES:

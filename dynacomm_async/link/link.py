@@ -14,10 +14,11 @@ from typing import Final, Self
 from dynacomm_async.addresses import Address, check_listen
 from dynacomm_async.errors import ConfigError, RemoteProtocolError
 from dynacomm_async.link.counters import Counters
-from dynacomm_async.link.flow import PIECE_NS, Clock, Endpoint, Flow
+from dynacomm_async.link.flow import PIECE_NS, Clock, Endpoint, Flow, FlowLog
 from dynacomm_async.link.medium import Medium, Rates
 from dynacomm_async.link.settings import LinkSettings
 from dynacomm_async.link.walk import MessageWalk
+from dynacomm_async.recording import Recorder
 
 __all__ = ["Link"]
 
@@ -48,6 +49,7 @@ class Link:
         port: where to listen; 0 picks a free port.
         insecure: allow listening where other machines can reach it. There is no authentication,
             and who reaches the link reaches the server behind it.
+        recorder: takes down when each message was on the medium; None records nothing.
 
     Raises:
         ConfigError: (on entering) it cannot listen there, or may not.
@@ -61,11 +63,15 @@ class Link:
         port: int = 0,
         *,
         insecure: bool = False,
+        recorder: Recorder | None = None,
     ) -> None:
         self._settings = settings
         self._to = Address(*to[:2])
         self._listen = Address(host, port)
         self._insecure = insecure
+        if recorder is not None:
+            recorder.begin("link")
+        self._recorder = recorder
         self._listener: socket.socket | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._counters = Counters()
@@ -242,6 +248,7 @@ class Link:
         up, down = self._media if self._settings.shared else self._make_media()
         delay_ns = round(self._settings.delay_s * 1e9)
         strict = self._settings.overhead_s > 0
+        up_log, down_log = self._make_logs(client, server)
         flows = (
             Flow(
                 client,
@@ -252,6 +259,7 @@ class Link:
                 delay_ns=delay_ns,
                 walk=MessageWalk(strict=strict),
                 tallies=(counters.up, self._counters.up),
+                log=up_log,
             ),
             Flow(
                 server,
@@ -262,12 +270,26 @@ class Link:
                 delay_ns=delay_ns,
                 walk=MessageWalk(strict=strict),
                 tallies=(counters.down, self._counters.down),
+                log=down_log,
             ),
         )
         async with asyncio.TaskGroup() as group:
             for flow in flows:
                 group.create_task(flow.take())
                 group.create_task(flow.give())
+
+    def _make_logs(
+        self, client: Endpoint, server: Endpoint
+    ) -> tuple[FlowLog, FlowLog] | tuple[None, None]:
+        """Return what records the directions up and down, if anything does."""
+        if self._recorder is None:
+            return None, None
+        connection = self._recorder.open_connection(
+            local=str(Address(*server.sock.getsockname()[:2])),
+            peer=str(Address(*client.sock.getpeername()[:2])),
+        )
+        up = FlowLog(self._recorder, connection, up=True)
+        return up, FlowLog(self._recorder, connection, up=False)
 
 
 def _rates(settings: LinkSettings, column: int) -> Rates:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from dynacomm_async.addresses import Address, parse_address
 from dynacomm_async.errors import ConfigError
@@ -23,9 +24,9 @@ __all__ = [
 ]
 
 
-def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
+def add_setting_arguments(parser: argparse.ArgumentParser, description: str | None = None) -> None:
     """Add the options that describe the link itself; see :func:`settings_from`."""
-    group = parser.add_argument_group("the link")
+    group = parser.add_argument_group("the link", description)
     group.add_argument(
         "--bandwidth",
         default=UNLIMITED,
@@ -76,6 +77,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json",
         action="store_true",
         help='print {"listening": "host:port"} when ready and the counters at the end',
+    )
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE.json",
+        help="record when each message was on the link; join it with the recordings of server "
+        "and workers by `dynacomm trace`",
     )
     parser.add_argument(
         "--until-stdin-closes",

@@ -19,6 +19,7 @@ import sys
 import threading
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TextIO
 
@@ -27,12 +28,15 @@ from dynacomm_async.errors import ConfigError
 from dynacomm_async.link.link import Link
 from dynacomm_async.link.options import addresses_from, arguments_of, settings_from
 from dynacomm_async.link.settings import LinkSettings
+from dynacomm_async.recording import Recorder, write_recordings
 
 __all__ = ["LinkProcess", "precise_loop", "run_link", "serve_link"]
 
 _log = logging.getLogger("dynacomm_async.link")
 
 _STOP_TIMEOUT_S: Final = 5.0
+_WRITE_TIMEOUT_S: Final = 60.0
+"""Added where a recording is written, which may be large."""
 
 
 def precise_loop() -> asyncio.AbstractEventLoop:
@@ -48,6 +52,7 @@ async def serve_link(
     *,
     insecure: bool = False,
     until_stdin_closes: bool = False,
+    recorder: Recorder | None = None,
 ) -> None:
     """Run a link until SIGTERM or SIGINT, or until standard input closes if asked.
 
@@ -61,13 +66,14 @@ async def serve_link(
             Without it the same is said in words on the log.
         insecure: as :class:`~dynacomm_async.link.link.Link` takes it.
         until_stdin_closes: end too when standard input closes.
+        recorder: as :class:`~dynacomm_async.link.link.Link` takes it.
 
     Raises:
         ConfigError: it cannot listen there, or may not.
     """
     stop = asyncio.Event()
     with _stopping(stop, until_stdin_closes):
-        async with Link(settings, to, *listen, insecure=insecure) as link:
+        async with Link(settings, to, *listen, insecure=insecure, recorder=recorder) as link:
             _say_listening(link, to, report)
             await stop.wait()
             _say_counters(link, report)
@@ -78,10 +84,12 @@ def run_link(args: argparse.Namespace) -> None:
 
     Raises:
         ConfigError: an option that cannot be read, or an address that it cannot listen on.
+        OSError: the recording cannot be written.
     """
     settings = settings_from(args)
     listen, to = addresses_from(args)
     report = sys.stdout if args.json else None
+    recorder = None if args.trace is None else Recorder()
     work = serve_link(
         settings,
         listen,
@@ -89,6 +97,7 @@ def run_link(args: argparse.Namespace) -> None:
         report,
         insecure=args.insecure,
         until_stdin_closes=args.until_stdin_closes,
+        recorder=recorder,
     )
     try:
         with asyncio.Runner(loop_factory=precise_loop) as runner:
@@ -96,6 +105,8 @@ def run_link(args: argparse.Namespace) -> None:
     except BrokenPipeError:
         # Who should read the report has gone; the interpreter would complain when it flushes it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if recorder is not None:
+        write_recordings(args.trace, [recorder.recording()])
 
 
 class LinkProcess:
@@ -109,6 +120,7 @@ class LinkProcess:
         host: where to listen.
         port: where to listen; 0 picks a free port.
         insecure: as :class:`~dynacomm_async.link.link.Link` takes it.
+        trace: where the child writes its recording when it ends; None: nothing is recorded.
 
     Raises:
         ConfigError: (on entering) the link did not start; the message is its own.
@@ -122,15 +134,18 @@ class LinkProcess:
         port: int = 0,
         *,
         insecure: bool = False,
+        trace: Path | None = None,
     ) -> None:
         self._arguments = [
             f"--listen={Address(host, port)}",
             f"--to={Address(*to[:2])}",
             *arguments_of(settings),
             *(["--insecure"] if insecure else []),
+            *([f"--trace={trace}"] if trace is not None else []),
             "--json",
             "--until-stdin-closes",
         ]
+        self._stop_timeout_s = _STOP_TIMEOUT_S + (0 if trace is None else _WRITE_TIMEOUT_S)
         self._process: Process | None = None
         self._address: Address | None = None
         self._counters: dict[str, Any] | None = None
@@ -190,7 +205,7 @@ class LinkProcess:
         assert process.stdin is not None
         process.stdin.close()
         try:
-            async with asyncio.timeout(_STOP_TIMEOUT_S):
+            async with asyncio.timeout(self._stop_timeout_s):
                 output, _ = await process.communicate()
         except BaseException:
             with contextlib.suppress(ProcessLookupError):
