@@ -33,7 +33,7 @@ import sys
 
 import dynacomm_async as dc
 from dynacomm_async.cli.compare import Comparison, add_arguments, compare, print_comparison
-from dynacomm_async.link import settings_from
+from dynacomm_async.cli.links import fleet_from
 
 OVERHEADS = ("0ms", "5ms")
 
@@ -43,7 +43,7 @@ def compare_on(overhead: str, options: list[str], strategies: list[str]) -> Comp
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     args = parser.parse_args([*options, f"--overhead={overhead}"])
-    return compare(args, strategies, settings_from(args))
+    return compare(args, strategies, fleet_from(args))
 
 
 def explain(found: Comparison) -> None:

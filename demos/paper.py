@@ -37,8 +37,8 @@ from pathlib import Path
 from typing import Any
 
 from dynacomm_async.cli import compare
+from dynacomm_async.cli.links import fleet_from
 from dynacomm_async.errors import ConfigError
-from dynacomm_async.link import settings_from
 from dynacomm_async.link.units import parse_duration, parse_rate
 from dynacomm_async.models import build, costs_of
 from dynacomm_async.nn import Network
@@ -286,7 +286,7 @@ def measure(network: str, steps: int) -> compare.Comparison:
     compare.add_arguments(parser)
     options = [*MEASURED[network], *MEASURED_LINK, "--steps", str(steps)]
     args = parser.parse_args(["--model", network, *options])
-    return compare.compare(args, list(PLANNERS), settings_from(args))
+    return compare.compare(args, list(PLANNERS), fleet_from(args))
 
 
 def describe(verdicts: Mapping[str, Verdict], times: Mapping[str, Planning]) -> str:

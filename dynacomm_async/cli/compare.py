@@ -14,7 +14,7 @@ from typing import Any
 from dynacomm_async.addresses import parse_address
 from dynacomm_async.cli.children import Children, Event
 from dynacomm_async.cli.compare_worker import LEAST_STEPS
-from dynacomm_async.cli.links import start_links
+from dynacomm_async.cli.links import Fleet, add_fleet_arguments, fleet_from, start_links
 from dynacomm_async.cli.output import (
     Progress,
     check_writable,
@@ -27,14 +27,13 @@ from dynacomm_async.cli.output import (
 from dynacomm_async.cli.signals import run
 from dynacomm_async.cli.workload import add_run_arguments, check_run, training_options
 from dynacomm_async.errors import ConfigError
-from dynacomm_async.link.options import add_setting_arguments, settings_from
-from dynacomm_async.link.settings import LinkSettings
 from dynacomm_async.schedule import (
     PLANNERS,
     Costs,
+    bound_of_all_ns,
     evaluate,
     find_planner,
-    lower_bound_ns,
+    forecast,
     make_plan,
 )
 
@@ -74,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A,B,...",
         help=f"all, or some of {','.join(PLANNERS)} (default: all)",
     )
-    add_setting_arguments(parser)
+    add_fleet_arguments(parser)
     parser.set_defaults(bandwidth="100mbit", delay="5ms")
     parser.add_argument(
         "--save-costs", type=Path, metavar="FILE", help="write the measured cost table here"
@@ -85,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def command(args: argparse.Namespace) -> int:
     """Compare, and print what was found."""
     strategies = parse_strategies(args.strategies)
-    found = compare(args, strategies, settings_from(args), costs_file=args.save_costs)
+    found = compare(args, strategies, fleet_from(args), costs_file=args.save_costs)
     if args.json:
         print_json(found.to_json())
     else:
@@ -110,7 +109,7 @@ def parse_strategies(text: str) -> list[str]:
 def compare(
     args: argparse.Namespace,
     strategies: Sequence[str],
-    link: LinkSettings,
+    fleet: Fleet,
     *,
     costs_file: Path | None = None,
 ) -> Comparison:
@@ -133,11 +132,11 @@ def compare(
         "steps": steps,
         "strategies": list(strategies),
     }
-    return run(_compare(specification, link, costs_file))
+    return run(_compare(specification, fleet, costs_file))
 
 
 async def _compare(
-    specification: Mapping[str, Any], link: LinkSettings, costs_file: Path | None
+    specification: Mapping[str, Any], fleet: Fleet, costs_file: Path | None
 ) -> Comparison:
     steps, strategies = specification["steps"], specification["strategies"]
     n_workers = specification["settings"]["workers"]
@@ -145,6 +144,7 @@ async def _compare(
     loop = asyncio.get_running_loop()
     addresses: asyncio.Future[Mapping[str, str]] = loop.create_future()
     progress = Progress("comparing: step", steps * len(strategies))
+    tables: dict[int, Event] = {}
 
     def on_server_event(event: Event) -> None:
         if event["event"] == "listening":
@@ -154,23 +154,26 @@ async def _compare(
             entry.update(parameters_sha256=event["parameters_sha256"], loss=event["loss"])
 
     def on_worker_event(process: int, event: Event) -> None:
-        if event["event"] == "measured":
-            found.plans[event["strategy"]][process] = event["plans"]
-        if process == 0:
-            on_first_worker_event(event)
-
-    def on_first_worker_event(event: Event) -> None:
-        if event["event"] == "progress":
-            progress.update(event["done"])
-        elif event["event"] == "costs":
-            found.costs = event["costs"]
-            if not event["known"]:
-                say("the link is too fast or too uneven to be measured: its costs are guesses")
-            if costs_file is not None:
-                costs_file.write_text(to_json(found.costs, indent=1) + "\n")
+        if event["event"] == "costs":
+            tables[process] = event
+            if len(tables) == n_workers:
+                on_costs()
         elif event["event"] == "measured":
-            entry = found.strategies.setdefault(event["strategy"], {})
-            entry.update(_judge(event, found.costs))
+            found.plans[event["strategy"]][process] = event["plans"]
+            if process == 0:
+                entry = found.strategies.setdefault(event["strategy"], {})
+                entry.update(_judge(event, found.costs))
+        elif event["event"] == "progress" and process == 0:
+            progress.update(event["done"])
+
+    def on_costs() -> None:
+        found.costs, *others = [tables[process]["costs"] for process in range(n_workers)]
+        if others:
+            found.costs["others"] = others
+        if not all(event["known"] for event in tables.values()):
+            say("the link is too fast or too uneven to be measured: its costs are guesses")
+        if costs_file is not None:
+            costs_file.write_text(to_json(found.costs, indent=1) + "\n")
 
     module = "dynacomm_async.cli.compare_"
     async with contextlib.AsyncExitStack() as stack:
@@ -180,14 +183,15 @@ async def _compare(
         server.tell(specification)
         listening = await children.wait_for(addresses)
         servers = [parse_address(listening[name]) for name in strategies]
-        rows = await start_links(stack, link, servers, n_workers)
+        rows = await start_links(stack, fleet.links, servers)
         links = dict(zip(strategies, rows, strict=True))
         for process in range(n_workers):
             worker = await children.start(
                 f"worker {process}", f"{module}worker", on_event=partial(on_worker_event, process)
             )
             own = {name: str(links[name][process].address) for name in strategies}
-            worker.tell({**specification, "addresses": own})
+            slowdown = fleet.slowdowns[process]
+            worker.tell({**specification, "addresses": own, "slowdown": slowdown})
         await children.wait_all()
         for name, row in links.items():
             found.links[name] = [await each.stop() for each in dict.fromkeys(row)]
@@ -198,20 +202,23 @@ async def _compare(
 def _judge(event: Event, table_json: Mapping[str, Any]) -> dict[str, Any]:
     """Return a strategy's figures beside what the cost table promised."""
     costs = Costs.from_json(table_json)
-    timeline = evaluate(make_plan(event["strategy"], costs), costs)
+    busy_s = evaluate(make_plan(event["strategy"], costs), costs).busy_ns / 1e9
+    run_of_all = forecast(find_planner(event["strategy"]), costs)
     step_s, compute_s = event["step_s"], event["compute_s"]
-    busy_s = timeline.busy_ns / 1e9
+    wait_s = run_of_all.waits_ns[0] / 1e9  # for a slower worker: no transfer's fault
     return {
         "step_s": step_s,
-        "predicted_s": timeline.step_ns / 1e9,
-        "lower_bound_s": lower_bound_ns(costs).step_ns / 1e9,
-        "hidden_fraction": 1 - (step_s - compute_s) / busy_s if busy_s else 0.0,
+        "predicted_s": run_of_all.step_ns / 1e9,
+        "lower_bound_s": bound_of_all_ns(costs).step_ns / 1e9,
+        "hidden_fraction": 1 - (step_s - wait_s - compute_s) / busy_s if busy_s else 0.0,
+        "waits_s": [wait_ns / 1e9 for wait_ns in run_of_all.waits_ns],
+        "interval_s": event["interval_s"],
     }
 
 
 def _ordered(entry: Mapping[str, Any]) -> dict[str, Any]:
     keys = ["step_s", "predicted_s", "lower_bound_s", "hidden_fraction", "parameters_sha256"]
-    return {key: entry[key] for key in [*keys, "loss"]}
+    return {key: entry[key] for key in [*keys, "loss", "interval_s", "waits_s"]}
 
 
 def print_comparison(found: Comparison) -> None:
@@ -220,13 +227,14 @@ def print_comparison(found: Comparison) -> None:
         [
             name,
             seconds(entry["step_s"]),
+            "-".join(f"{1e3 * edge:.0f}" for edge in entry["interval_s"]),
             seconds(entry["predicted_s"]),
             seconds(entry["lower_bound_s"]),
             f"{entry['hidden_fraction']:.0%}",
         ]
         for name, entry in found.strategies.items()
     ]
-    header = ["strategy", "measured step", "predicted step", "lower bound", "hidden"]
+    header = ["strategy", "measured step", "95 % (ms)", "predicted step", "lower bound", "hidden"]
     print(table(header, rows))
     costs = Costs.from_json(found.costs)
     compute_ns = sum(layer.forward_ns + layer.backward_ns for layer in costs.layers)
@@ -234,8 +242,23 @@ def print_comparison(found: Comparison) -> None:
         "hidden: the share of transfer that cost no time (below 0: waiting cost more than that);\n"
         f"at most the {seconds(compute_ns / 1e9)} that a step computes can hide any"
     )
+    if costs.others:
+        _print_waits(found)
     hashes = {entry["parameters_sha256"] for entry in found.strategies.values()}
     if len(hashes) == 1:
         print(f"parameters: bit-identical under every strategy, sha256 {hashes.pop()[:16]}")
     else:
         print("parameters: NOT the same under every strategy; please report this as a bug")
+
+
+def _print_waits(found: Comparison) -> None:
+    """Say who waits for whom in every step, where it is more than a tenth of it."""
+    for name, entry in found.strategies.items():
+        slowest = entry["waits_s"].index(0.0)
+        waits = [
+            f"worker {worker} {seconds(wait_s)}"
+            for worker, wait_s in enumerate(entry["waits_s"])
+            if wait_s > entry["predicted_s"] / 10
+        ]
+        if waits:
+            print(f"waiting for worker {slowest} under {name}: {', '.join(waits)} of every step")

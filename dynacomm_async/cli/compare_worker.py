@@ -16,7 +16,7 @@ import contextlib
 import json
 import statistics
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from typing import Any
@@ -99,7 +99,8 @@ def _work(specification: Mapping[str, Any]) -> int:
             )
             for strategy, address in specification["addresses"].items()
         }
-        runners = [_runner(name, session, workload) for name, session in sessions.items()]
+        slowdown = specification["slowdown"]
+        runners = [_runner(name, session, workload, slowdown) for name, session in sessions.items()]
         n_done = 0
         total = steps * len(runners)
 
@@ -138,10 +139,10 @@ def _make_plans(grid: Grid, estimator: Estimator) -> FixedPlan:
     return FixedPlan(n_layers=len(grid.layers))
 
 
-def _runner(strategy: str, session: Session, workload: Workload) -> _Runner:
+def _runner(strategy: str, session: Session, workload: Workload, slowdown: float) -> _Runner:
     engine = bind_engine(session, workload.network, session.settings["batch"])
     slot = session.welcome.slot
-    steps = train(session, engine, lambda step: workload.batch(slot, step))
+    steps = train(session, engine, lambda step: workload.batch(slot, step), slowdown=slowdown)
     plans = session.plans
     assert isinstance(plans, FixedPlan)
     return _Runner(strategy, plans, steps)
@@ -154,11 +155,19 @@ def _split(n_steps: int, n_blocks: int) -> list[int]:
     return [end - start for start, end in pairwise(edges)]
 
 
+def _interval(values: Sequence[float]) -> list[float]:
+    """Return a 95 % confidence interval of the median, from the order of the values alone."""
+    ordered = sorted(values)
+    middle, reach = len(ordered) / 2, 0.98 * len(ordered) ** 0.5
+    low, high = round(middle - reach), round(middle + reach)
+    return [ordered[max(low, 1) - 1], ordered[min(high, len(ordered) - 1)]]
+
+
 def _summary(runner: _Runner) -> dict[str, Any]:
     return {
         "strategy": runner.strategy,
         "step_s": statistics.median(runner.step_s),
-        "steps_s": runner.step_s,
+        "interval_s": _interval(runner.step_s),
         "compute_s": statistics.median(runner.compute_s),
         "plans": [[first, plan.to_json()] for first, plan in runner.plans.changes],
     }

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from dynacomm_async.cli.compare import Comparison, compare, print_comparison
+from dynacomm_async.cli.links import add_fleet_arguments, fleet_from
 from dynacomm_async.cli.output import print_json, say, to_json
 from dynacomm_async.cli.train import train_locally
 from dynacomm_async.cli.workload import add_run_arguments, check_run
 from dynacomm_async.errors import ConfigError
-from dynacomm_async.link.options import add_setting_arguments, settings_from
 from dynacomm_async.schedule import PLANNERS
 
 __all__ = ["add_arguments", "command"]
@@ -24,7 +24,7 @@ _COMPARED_STEPS = 60
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``demo``."""
     add_run_arguments(parser, steps=440)
-    add_setting_arguments(parser)
+    add_fleet_arguments(parser)
     parser.set_defaults(
         bandwidth="100mbit",
         delay="1ms",
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(args: argparse.Namespace) -> int:
     """Compare all strategies on a slow link, then train to the end under the best."""
-    link = settings_from(args)
+    fleet = fleet_from(args)
     check_run(args, "dynacomm")
     try:
         args.output.mkdir(parents=True, exist_ok=True)
@@ -58,13 +58,13 @@ def command(args: argparse.Namespace) -> int:
     )
     say(f"1. {args.model} on {args.data} under {len(PLANNERS)} strategies, in turns")
     short = argparse.Namespace(**{**vars(args), "steps": _COMPARED_STEPS, "epochs": None})
-    found = compare(short, list(PLANNERS), link, costs_file=files["costs.json"])
+    found = compare(short, list(PLANNERS), fleet, costs_file=files["costs.json"])
     files["comparison.json"].write_text(to_json(found.to_json(), indent=1) + "\n")
     if not args.json:
         print_comparison(found)
     say("2. training to the end under dynacomm")
     long = argparse.Namespace(**{**vars(args), "save": files["model.npz"]})
-    result = train_locally(long, "dynacomm", link)
+    result = train_locally(long, "dynacomm", fleet)
     _print_result(args, found, result, [str(path) for path in files.values()])
     return 0
 

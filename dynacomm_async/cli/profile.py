@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dynacomm_async.cli.compare import compare
 from dynacomm_async.cli.compare_worker import LEAST_STEPS
+from dynacomm_async.cli.links import Fleet
 from dynacomm_async.cli.output import check_writable, print_json, say, seconds, table
 from dynacomm_async.cli.workload import add_model_arguments
 from dynacomm_async.link.options import add_setting_arguments, settings_from
@@ -48,7 +49,9 @@ def command(args: argparse.Namespace) -> int:
         rate=0.0,
         weight_decay=0.0,
     )
-    found = compare(measured, _STRATEGIES, settings_from(args), costs_file=args.output)
+    found = compare(
+        measured, _STRATEGIES, Fleet((settings_from(args),), (1.0,)), costs_file=args.output
+    )
     if args.json:
         print_json(found.costs)
     else:

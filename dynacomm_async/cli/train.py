@@ -10,7 +10,7 @@ from typing import Any
 
 from dynacomm_async.addresses import parse_address
 from dynacomm_async.cli.children import Children, Event
-from dynacomm_async.cli.links import start_links
+from dynacomm_async.cli.links import Fleet, add_fleet_arguments, fleet_from, start_links
 from dynacomm_async.cli.output import Progress, check_writable, decimal, print_json
 from dynacomm_async.cli.serve import add_output_arguments
 from dynacomm_async.cli.signals import run
@@ -19,8 +19,6 @@ from dynacomm_async.cli.workload import (
     add_strategy_argument,
     check_run,
 )
-from dynacomm_async.link.options import add_setting_arguments, settings_from
-from dynacomm_async.link.settings import LinkSettings
 
 __all__ = ["add_arguments", "command", "train_locally"]
 
@@ -31,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``train``."""
     add_run_arguments(parser)
     add_strategy_argument(parser)
-    add_setting_arguments(parser)
+    add_fleet_arguments(parser)
     add_output_arguments(parser)
 
 
@@ -39,8 +37,7 @@ def command(args: argparse.Namespace) -> int:
     """Train, and print the result."""
     if args.save is not None:
         check_writable(args.save)
-    link = settings_from(args)
-    result = train_locally(args, args.strategy, None if link == LinkSettings() else link)
+    result = train_locally(args, args.strategy, fleet_from(args))
     if args.json:
         print_json(result)
     else:
@@ -52,25 +49,23 @@ def command(args: argparse.Namespace) -> int:
     return 0
 
 
-def train_locally(
-    args: argparse.Namespace, strategy: str, link: LinkSettings | None
-) -> Mapping[str, Any]:
+def train_locally(args: argparse.Namespace, strategy: str, fleet: Fleet) -> Mapping[str, Any]:
     """Start a server, links and workers as processes, wait for the end, return the result.
 
     Args:
         args: as :func:`dynacomm_async.cli.workload.add_run_arguments` adds them.
         strategy: name of the scheduling strategy.
-        link: what lies between server and workers; None: nothing but loopback.
+        fleet: what lies between server and workers, and how fast these are.
 
     Raises:
         DynaCommError: a setting is wrong, or a process failed.
     """
     _, steps = check_run(args, strategy)  # fail here, with one line, rather than in a child
-    return run(_train(args, strategy, steps, link))
+    return run(_train(args, strategy, steps, fleet))
 
 
 async def _train(
-    args: argparse.Namespace, strategy: str, steps: int, link: LinkSettings | None
+    args: argparse.Namespace, strategy: str, steps: int, fleet: Fleet
 ) -> Mapping[str, Any]:
     loop = asyncio.get_running_loop()
     address: asyncio.Future[str] = loop.create_future()
@@ -93,8 +88,8 @@ async def _train(
         await children.start("server", module, "serve", *options, on_event=on_server_event)
         server = parse_address(await children.wait_for(address))
         targets = [server] * args.workers
-        if link is not None:
-            (links,) = await start_links(stack, link, [server], args.workers)
+        if not fleet.is_local:
+            (links,) = await start_links(stack, fleet.links, [server])
             targets = [process.address for process in links]
         for number, target in enumerate(targets):
             await children.start(
@@ -103,6 +98,7 @@ async def _train(
                 "work",
                 "--server",
                 str(target),
+                f"--slowdown={fleet.slowdowns[number]}",
                 "--events",
                 on_event=lambda event: None,
             )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dynacomm_async.cli.links import slowdown
 from dynacomm_async.cli.output import Progress, say
 from dynacomm_async.cli.signals import interruptible
 from dynacomm_async.cli.workload import Workload, load_workload, number
@@ -31,6 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=30.0,
         metavar="SECONDS",
         help="how long to look for the server (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--slowdown",
+        type=slowdown,
+        default=1.0,
+        metavar="F",
+        help="imitate a slower device: each layer takes F times as long (default: 1)",
     )
     parser.add_argument("--events", action="store_true", help=argparse.SUPPRESS)
 
@@ -57,7 +66,8 @@ def _work(args: argparse.Namespace) -> None:
         engine = bind_engine(session, workload.network, session.settings["batch"])
         progress = Progress("step", welcome.steps)
         try:
-            for step in train(session, engine, lambda index: workload.batch(welcome.slot, index)):
+            batches = partial(workload.batch, welcome.slot)
+            for step in train(session, engine, batches, slowdown=args.slowdown):
                 progress.update(step.index + 1, loss=step.loss, images=engine.batch)
         finally:
             progress.close()

@@ -12,6 +12,7 @@ from dynacomm_async.errors import ConfigError
 from dynacomm_async.schedule import PLANNERS, Costs
 
 KEYS = {"step_s", "predicted_s", "lower_bound_s", "hidden_fraction", "parameters_sha256", "loss"}
+KEYS |= {"interval_s", "waits_s"}
 LINK = ("--bandwidth", "200mbit", "--delay", "1ms", "--overhead", "0.2ms")
 
 
@@ -40,6 +41,9 @@ def test_the_json_has_the_keys_of_the_contract(compared):
         assert len(entry["loss"]) == 14
         assert entry["step_s"] > 0
         assert entry["hidden_fraction"] <= 1
+        low, high = entry["interval_s"]
+        assert low <= entry["step_s"] <= high
+        assert min(entry["waits_s"]) == 0
 
 
 def test_the_same_bound_holds_for_all_strategies_and_none_is_promised_less(compared):
@@ -151,3 +155,10 @@ def test_demo_refuses_a_folder_that_cannot_be_made(call, quick, tmp_path):
     outcome = call("demo", *quick, "--output", tmp_path / "file" / "results")
     assert outcome.code == 1
     assert "cannot make the folder" in outcome.complaint
+
+
+def test_of_uneven_workers_the_slowest_sets_the_predicted_pace_and_the_others_wait(call, quick):
+    link = ("--bandwidth=400mbit,20mbit", "--steps=14", "--workers=2")
+    result = call("compare", *quick, "--model=mlp", *link, "--strategies=layerwise")
+    found = re.search(r"waiting for worker 1 under layerwise: worker 0 [0-9.]+ m?s", result.out)
+    assert found, result.out

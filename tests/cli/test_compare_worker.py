@@ -63,6 +63,7 @@ def test_measured_costs_stay_with_the_thread_that_measures(server, monkeypatch, 
         "settings": SETTINGS,
         "steps": compare_worker.LEAST_STEPS,
         "addresses": {"layerwise": str(server.address)},
+        "slowdown": 1.0,
     }
 
     assert compare_worker._work(specification) == 0

@@ -10,7 +10,7 @@ import pytest
 
 from dynacomm_async.addresses import Address
 from dynacomm_async.cli import train
-from dynacomm_async.cli.links import start_links
+from dynacomm_async.cli.links import Fleet, add_fleet_arguments, fleet_from, start_links
 from dynacomm_async.errors import ConfigError
 from dynacomm_async.link import LinkSettings
 
@@ -20,7 +20,7 @@ def test_a_shared_link_is_one_process_for_all_workers(shared, n_processes):
     async def start():
         async with contextlib.AsyncExitStack() as stack:
             servers = [Address("127.0.0.1", 9), Address("127.0.0.1", 10)]
-            return await start_links(stack, LinkSettings(shared=shared), servers, 3)
+            return await start_links(stack, [LinkSettings(shared=shared)] * 3, servers)
 
     rows = asyncio.run(start())
     assert [len(row) for row in rows] == [3, 3]
@@ -49,7 +49,7 @@ def test_one_that_cannot_start_leaves_no_other_running(monkeypatch):
     async def start():
         async with contextlib.AsyncExitStack() as stack:
             servers = [Address("127.0.0.1", 9), Address("127.0.0.1", 10)]
-            await start_links(stack, LinkSettings(), servers, 2)
+            await start_links(stack, [LinkSettings()] * 2, servers)
 
     with pytest.raises(ConfigError, match="no room"):
         asyncio.run(start())
@@ -73,10 +73,46 @@ def test_train_puts_as_many_links_in_between_as_it_was_told(monkeypatch, quick, 
     parser = argparse.ArgumentParser()
     train.add_arguments(parser)
     args = parser.parse_args([*quick, "--model=mlp", "--steps=3", "--delay=1ms", *options])
-    result = train.train_locally(args, "dynacomm", train.settings_from(args))
+    result = train.train_locally(args, "dynacomm", train.fleet_from(args))
 
     assert result["steps"] == 3
     assert len(counters) == n_links
     assert sum(len(each["connections"]) for each in counters) == 2
     joins = [each["up"]["kinds"]["JOIN"]["messages"] for each in counters]
     assert joins == [2 // n_links] * n_links
+
+
+def fleet(*options: str) -> Fleet:
+    parser = argparse.ArgumentParser()
+    add_fleet_arguments(parser)
+    return fleet_from(argparse.Namespace(workers=2, **vars(parser.parse_args(options))))
+
+
+def test_one_value_holds_for_every_worker():
+    link = LinkSettings(rate_down_bytes_per_s=12.5e6, rate_up_bytes_per_s=12.5e6)
+    assert fleet("--bandwidth=100mbit", "--slowdown=3") == Fleet((link, link), (3.0, 3.0))
+    assert fleet().is_local
+    assert not fleet("--delay=0ms,1ms").is_local
+
+
+def test_each_worker_may_have_a_link_and_a_speed_of_its_own():
+    found = fleet("--bandwidth=100mbit,25mbit", "--overhead=0ms, 2ms", "--slowdown=1,2.5")
+    assert [link.rate_down_bytes_per_s for link in found.links] == [12.5e6, 3.125e6]
+    assert [link.rate_up_bytes_per_s for link in found.links] == [12.5e6, 3.125e6]
+    assert [link.overhead_s for link in found.links] == [0.0, 0.002]
+    assert found.slowdowns == (1.0, 2.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--bandwidth=1mbit,2mbit,3mbit"], "--bandwidth 1mbit,2mbit,3mbit has 3 values, expected"),
+        (["--bandwidth=1mbit,fast"], "--bandwidth: 'fast' is not a rate"),
+        (["--delay=1ms,2ms", "--shared"], "--shared: workers who share a link cannot have"),
+        (["--slowdown=0.5"], "--slowdown: '0.5' is not a number from 1"),
+        (["--slowdown=nan,1"], "--slowdown: 'nan' is not a number from 1"),
+    ],
+)
+def test_a_fleet_that_cannot_be_is_refused_by_name(options, said):
+    with pytest.raises(ConfigError, match=f"^{said}"):
+        fleet(*options)
