@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
 import threading
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from dynacomm_async.errors import ConfigError
+from dynacomm_async.schedule.account import StepAccount
 
 __all__ = [
     "Progress",
@@ -24,9 +26,14 @@ __all__ = [
     "say",
     "say_if_diverged",
     "seconds",
+    "step_notes",
     "table",
     "to_json",
 ]
+
+
+_SHOWN_EVERY_S, _LOGGED_EVERY_S = 0.1, 10.0
+"""How often progress is shown at a terminal, and written to a log."""
 
 
 def say(text: str) -> None:
@@ -92,30 +99,47 @@ def die_with_parent() -> None:
 
 
 class Progress:
-    """A line that is rewritten in place on a terminal; silent elsewhere.
+    """A line that is rewritten in place on a terminal; elsewhere a log, or silent.
 
     Time and images count from the first update on: whatever came before it was no training.
+
+    Args:
+        what: begins the line.
+        total: how far it goes.
+        log: where there is no terminal, write a line after every tenth of the way and whenever
+            ten seconds have passed since the last.
     """
 
     _shown: ClassVar[Progress | None] = None
 
-    def __init__(self, what: str, total: int) -> None:
+    def __init__(self, what: str, total: int, *, log: bool = False) -> None:
         self._what = what
         self._total = total
         self._live = sys.stderr.isatty()
+        self._log = log
+        self._logged_tenths = 0
         self._started: float | None = None
         self._updated = 0.0
         self._images = 0
         self._width = 0
 
-    def update(self, done: int, *, loss: float | None = None, images: int = 0) -> None:
-        """Show how far it is; at most ten times a second."""
+    def update(
+        self, done: int, *, loss: float | None = None, images: int = 0, notes: Sequence[str] = ()
+    ) -> None:
+        """Show how far it is; at most ten times a second.
+
+        Args:
+            done: steps.
+            loss: of the newest one.
+            images: that were used since the last update.
+            notes: what else there is to say, at the end of the line.
+        """
         now = time.monotonic()
         if self._started is None:
             self._started = now  # its own images were computed before
         else:
             self._images += images
-        if not self._live or (now - self._updated < 0.1 and done < self._total):
+        if not self._is_due(now, done):
             return
         self._updated = now
         parts = [f"{self._what} {done}/{self._total}"]
@@ -123,11 +147,25 @@ class Progress:
             parts.append(f"loss {decimal(loss)}")
         if self._images:
             parts.append(f"{self._images / max(now - self._started, 1e-9):,.0f} images/s")
-        line = "  ".join(parts)
+        if not self._live:
+            say("  ".join([*parts, *notes]))
+            return
+        line = _fit([*parts, *notes], shutil.get_terminal_size().columns - 1)
         sys.stderr.write("\r" + line.ljust(self._width))
         sys.stderr.flush()
         self._width = len(line)
         Progress._shown = self
+
+    def _is_due(self, now: float, done: int) -> bool:
+        if self._live:
+            return now - self._updated >= _SHOWN_EVERY_S or done >= self._total
+        tenths = 10 * done // self._total
+        due = self._log and (
+            tenths > self._logged_tenths or now - (self._updated or now) >= _LOGGED_EVERY_S
+        )
+        self._updated = self._updated or now  # the first update starts the clock
+        self._logged_tenths = tenths
+        return due
 
     @classmethod
     def wipe_shown(cls) -> None:
@@ -145,6 +183,16 @@ class Progress:
             self._width = 0
 
 
+def _fit(parts: Sequence[str], width: int) -> str:
+    """Join what fits on a line: one that wraps cannot be rewritten."""
+    line = parts[0]
+    for part in parts[1:]:
+        if len(line) + 2 + len(part) > width:
+            break
+        line += f"  {part}"
+    return line
+
+
 def decimal(value: float | None) -> str:
     """Return a number with four decimals; a dash for one that is missing or not finite."""
     return "-" if value is None or not math.isfinite(value) else f"{value:.4f}"
@@ -155,6 +203,21 @@ def seconds(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value * 1e3:.2f} ms" if value < 1 else f"{value:.3f} s"
+
+
+def step_notes(step_s: float | None, account: StepAccount | None = None) -> list[str]:
+    """Return what a line of progress says of a step's time.
+
+    Args:
+        step_s: its duration; None while there is none.
+        account: where that went, at a worker that knows.
+    """
+    notes = [] if step_s is None else [f"step {seconds(step_s)}"]
+    if account is not None and account.hidden_fraction is not None:
+        notes.append(f"hidden {account.hidden_fraction:.0%}")
+        if account.certificate is not None:
+            notes.append(f"{account.certificate:.2f} x bound")
+    return notes
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -17,6 +17,7 @@ from dynacomm_async.cli.output import (
     print_json,
     say,
     say_if_diverged,
+    step_notes,
 )
 from dynacomm_async.cli.signals import run
 from dynacomm_async.cli.workload import (
@@ -83,12 +84,18 @@ def command(args: argparse.Namespace) -> int:
 async def _serve(
     args: argparse.Namespace, settings: dict[str, object], workload: Workload, steps: int
 ) -> RunResult:
-    progress = Progress("step", steps)
+    progress = Progress("step", steps, log=not args.events)
+    before: StepRecord | None = None
 
     def on_step(record: StepRecord) -> None:
+        nonlocal before
         if args.events:
             emit("step", index=record.index, loss=record.loss, images=record.images)
-        progress.update(record.index + 1, loss=record.loss, images=record.images)
+        step_s = None if before is None else (record.ended_ns - before.ended_ns) / 1e9
+        before = record
+        progress.update(
+            record.index + 1, loss=record.loss, images=record.images, notes=step_notes(step_s)
+        )
 
     async with ParameterServer(
         layer_specs(workload.network),

@@ -18,10 +18,13 @@ from dynacomm_async.cli.output import (
     print_json,
     say,
     seconds,
+    step_notes,
     table,
     to_json,
 )
 from dynacomm_async.errors import ConfigError
+from dynacomm_async.schedule import Costs, LayerCosts, make_plan
+from dynacomm_async.schedule.account import account_for, expect
 
 
 class Terminal(io.StringIO):
@@ -141,3 +144,43 @@ def test_json_has_null_for_what_json_cannot_say(capsys):
 )
 def test_a_loss_that_is_no_number_is_a_dash(value, text):
     assert decimal(value) == text
+
+
+def test_a_log_has_a_line_after_every_tenth_of_the_way(monkeypatch, capsys):
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
+    progress = Progress("step", 30, log=True)
+    for done in range(1, 31):
+        progress.update(done, loss=0.5, notes=["step 7.00 ms"])
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"step {done}/30  loss 0.5000  step 7.00 ms" for done in range(3, 31, 3)]
+
+
+def test_a_log_has_a_line_whenever_ten_seconds_have_passed(monkeypatch, capsys):
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    progress = Progress("step", 10_000, log=True)
+    for done in range(1, 8):
+        progress.update(done)
+        now += 4.0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["step 4/10000", "step 7/10000"]
+
+
+def test_a_line_of_progress_leaves_out_what_does_not_fit_the_terminal(monkeypatch):
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("COLUMNS", "30")
+    progress = Progress("step", 2)
+    progress.update(2, loss=1.25, notes=["hidden 50%", "1.08 x bound"])
+    assert stream.getvalue() == "\rstep 2/2  loss 1.2500"
+
+
+def test_a_step_is_noted_with_what_is_known_of_it():
+    costs = Costs((LayerCosts("a", 1, 10**7, 10**7, 10**7, 10**7),), 0, 0)
+    expectation = expect(make_plan("sequential", costs), costs)
+    times = {"step_ns": 44_000_000, "compute_ns": 20_000_000, "stalled_ns": 0}
+    known = account_for(1, **times, expectation=expectation)
+
+    assert step_notes(None) == []
+    assert step_notes(0.05, account_for(1, **times)) == ["step 50.00 ms"]
+    assert step_notes(0.05, known) == ["step 50.00 ms", "hidden -20%", "1.47 x bound"]
