@@ -1,0 +1,361 @@
+"""Why a step takes as long as it does, as text for people who do not know the code.
+
+Every number has a name and a unit. Nothing is measured or planned here: the values come from
+:mod:`dynacomm_async.schedule`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from dynacomm_async.schedule.account import (
+    Expectation,
+    LinkObserved,
+    Summary,
+    WorkerReport,
+)
+from dynacomm_async.schedule.costs import Costs, LayerCosts
+from dynacomm_async.schedule.plan import Plan
+from dynacomm_async.schedule.timeline import LowerBound, Timeline, Transfer
+
+__all__ = [
+    "describe_plan",
+    "explain_worker",
+    "explain_layers",
+    "explain_link",
+    "explain_plan",
+    "explain_steps",
+]
+
+_MOST_LAYERS = 25
+"""Rows of the table of layers; the smaller ones of a deeper net are one row together."""
+
+_MOST_MESSAGES = 12
+"""Rows of each direction in the table of messages; of more the middle is left out."""
+
+_MOST_CHANGES = 12
+"""Changes of plan that are listed; of more the newest."""
+
+_STRATEGIES = {
+    "warm-up": "cuts that vary from step to step, to tell a message's overhead from the rate",
+    "sequential": "one message each way: the least overhead, and nothing overlaps",
+    "layerwise": "one message for each layer: the most overlap, and the most overhead",
+    "ibatch": "each message takes what fits under the computing before it, from one end on",
+    "bucket": "messages of up to 25 MiB, whatever they cost",
+    "dynacomm": "the cuts that end each pass over the layers earliest, by the costs above",
+}
+
+_BOUNDS = {
+    "equal-rate": "proven for messages of any layers in any order, equally fast both ways",
+    "any-rate": "proven for messages of any layers in any order; a weaker proof, since up and "
+    "down differ",
+    "shared-link": "proven for the mean step of workers that share one link",
+}
+
+
+def explain_worker(report: WorkerReport, *, brief: bool = False) -> str:
+    """Return the whole story of one worker, without a line break at its end.
+
+    Args:
+        brief: leave out the tables of layers and messages, which are alike at all workers.
+    """
+    sections = [f"WORKER {report.slot} (of {report.workers}): where the time of a step goes"]
+    expectation = report.expectation
+    if expectation is None:
+        sections.append("No step has been computed, so there is nothing to explain.")
+        return "\n\n".join(sections)
+    sections.append(explain_link(expectation.costs, report.link))
+    if brief:
+        sections.append(f"Plan in use: {describe_plan(expectation.plan, expectation.costs)}")
+    else:
+        sections.append(explain_layers(expectation.costs))
+        sections.append(explain_plan(expectation))
+    sections.append(explain_steps(report.summary, expectation, slot=report.slot))
+    sections.append(_explain_changes(report, expectation.costs))
+    return "\n\n".join(sections)
+
+
+def explain_link(costs: Costs, link: LinkObserved | None = None) -> str:
+    """Return what a message costs each way, and what that is known from.
+
+    Args:
+        link: None where the table was not measured here.
+    """
+    header = ["Link", "rate", "overhead a message", "latency"]
+    rows = [
+        [
+            "down (parameters)",
+            _rate(costs, lambda layer: layer.pull_ns),
+            _ms(costs.overhead_down_ns),
+            _ms(costs.latency_down_ns),
+        ],
+        [
+            "up (gradients)",
+            _rate(costs, lambda layer: layer.push_ns),
+            _ms(costs.overhead_up_ns),
+            _ms(costs.latency_up_ns),
+        ],
+    ]
+    if link is not None:
+        header.append("observed")
+        for row, n in zip(rows, (link.n_down, link.n_up), strict=True):
+            row.append(f"{n} times")
+    lines = [_table(header, rows)]
+    if link is not None and not link.known:
+        lines.append(
+            "These are GUESSES: the link is too fast or too uneven to be measured, so overhead\n"
+            "and rate cannot be told apart. Predictions that rest on them mean little."
+        )
+    if costs.link_share > 1:
+        lines.append(f"One link is shared by {costs.workers} workers: all times on it are theirs.")
+    lines.append(f"The server takes {_ms(costs.server_ns)} to apply the gradients of a step.")
+    return "\n".join(lines)
+
+
+def explain_layers(costs: Costs) -> str:
+    """Return the cost of each layer; of deep nets the biggest ones, and the rest as one."""
+    layers = costs.layers
+    shown = set(range(len(layers)))
+    if len(layers) > _MOST_LAYERS:
+        by_cost = sorted(shown, key=lambda index: _cost_ns(layers[index]), reverse=True)
+        shown = set(by_cost[: _MOST_LAYERS - 1])
+    rows = [[layers[index].name, *_layer_cells([layers[index]])] for index in sorted(shown)]
+    rest = [layer for index, layer in enumerate(layers) if index not in shown]
+    if rest:
+        rows.append([f"{len(rest)} smaller ones", *_layer_cells(rest)])
+    rows.append([f"all {len(layers)} layers", *_layer_cells(layers)])
+    header = ["Layer, in forward order", "size", "pull", "forward", "backward", "push"]
+    return (
+        _table(header, rows, rule=True)
+        + "\npull, push: time on the link, without overhead; forward, backward: computing"
+    )
+
+
+def explain_plan(expectation: Expectation) -> str:
+    """Return the messages of a step, and when each is predicted to be on the link."""
+    plan, costs, timeline = expectation.plan, expectation.costs, expectation.timeline
+    rows: list[list[str]] = []
+    for direction, latency_ns in (("pull", costs.latency_down_ns), ("push", costs.latency_up_ns)):
+        transfers = [each for each in timeline.transfers if each.direction == direction]
+        cells = [
+            [
+                f"{direction} {number}",
+                _layers_of(transfer, costs),
+                _size(_nbytes_of(transfer, costs)),
+                _ms(transfer.start_ns),
+                _ms(transfer.end_ns),
+                _ms(transfer.end_ns + latency_ns),
+            ]
+            for number, transfer in enumerate(transfers, start=1)
+        ]
+        if len(cells) > _MOST_MESSAGES:
+            half = _MOST_MESSAGES // 2
+            left_out = f"... {len(cells) - 2 * half + 1} more"
+            cells[half : len(cells) - half + 1] = [[left_out, "", "", "", "", ""]]
+        rows += cells
+    header = ["Message", "layers", "size", "begins", "has left", "arrives"]
+    return "\n".join(
+        [
+            f"Plan in use: {describe_plan(plan, costs)}",
+            *([f"{plan.strategy}: {_STRATEGIES[plan.strategy]}"] * (plan.strategy in _STRATEGIES)),
+            _table(header, rows, left=2),
+            "begins, has left, arrives: predicted, from the begin of the step's first pull; the "
+            f"forward\npass ends at {_ms(timeline.forward_ns)}, the backward pass at "
+            f"{_ms(timeline.computations[-1].end_ns)}",
+        ]
+    )
+
+
+def explain_steps(summary: Summary | None, expectation: Expectation, *, slot: int) -> str:
+    """Return the prediction, what was measured, where the time went, and the lower bound."""
+    if summary is None:
+        return "\n".join(
+            [
+                f"Predicted step  {_ms(expectation.timeline.step_ns)}",
+                _bound_line(expectation.bound),
+                "Measured step   none: no step followed the same plan as the one before",
+            ]
+        )
+    lines = [
+        f"Measured step   {_ms(summary.median_ns)} (median; half of the steps took "
+        f"{_ms(summary.low_ns)} to {_ms(summary.high_ns)})",
+        f"                in {summary.n_steps} steps, from step {summary.first} to "
+        f"{summary.last}, without those after a change of plan",
+        _prediction_line(summary, expectation.timeline),
+        _bound_line(summary.bound or expectation.bound, summary),
+        "",
+        _parts_table(summary, slot),
+    ]
+    if summary.busy_ns is not None and summary.hidden_fraction is not None:
+        idle_ns = summary.step_ns - summary.compute_ns
+        hidden_ns = summary.busy_ns - idle_ns
+        lines.append(
+            f"The links are busy {_ms(summary.busy_ns)} in a step (both directions together, by "
+            f"the fitted costs).\nThe step is {_ms(idle_ns)} longer than its computing, so "
+            + (
+                f"{_ms(hidden_ns)} of that are hidden behind it: hidden share "
+                if hidden_ns >= 0
+                else f"waiting costs {_ms(-hidden_ns)} more than that: hidden share "
+            )
+            + f"{summary.hidden_fraction:.0%}."
+        )
+    return "\n".join(lines)
+
+
+def describe_plan(plan: Plan, costs: Costs) -> str:
+    """Return a plan in one line: its messages by the layers that they begin with."""
+    return f"{plan.strategy}, {_count(len(plan.pull), 'pull')} and {_count(len(plan.push), 'push')}"
+
+
+def _prediction_line(summary: Summary, timeline: Timeline) -> str:
+    predicted_ns = summary.predicted_ns
+    if predicted_ns is None:
+        return (
+            f"Predicted step  {_ms(timeline.step_ns)} by the costs known at the end; "
+            "they were not known while these steps ran"
+        )
+    line = f"Predicted step  {_ms(predicted_ns)}, {_apart(predicted_ns, summary.median_ns)}"
+    if summary.waited_ns > predicted_ns / 100:
+        together_ns = predicted_ns + summary.waited_ns
+        line += (
+            f" (it leaves out others: with\n                {_ms(summary.waited_ns)} of waiting "
+            f"for them {_ms(together_ns)}, {_apart(together_ns, summary.median_ns)})"
+        )
+    return line
+
+
+def _bound_line(bound: LowerBound, summary: Summary | None = None) -> str:
+    line = f"Lower bound     {_ms(bound.step_ns)}"
+    if summary is not None and summary.certificate is not None:
+        over_ns = summary.median_ns - bound.step_ns
+        line += (
+            f": the measured step is {summary.certificate:.2f} times as long ({_ms(over_ns)} above)"
+            if over_ns >= 0
+            else ": above the measured step, so the costs are not right"
+        )
+    return (
+        f"{line}\n                no plan can be faster with these costs "
+        f'("{bound.name}": {_BOUNDS[bound.name]})'
+    )
+
+
+def _parts_table(summary: Summary, slot: int) -> str:
+    parts = [
+        ("computing the layers", summary.compute_ns, ""),
+        ("waiting for the link", summary.exposed_ns, "communication that nothing hides"),
+        ("waiting for other workers", summary.waited_ns, _who_is_last(summary, slot)),
+        ("waiting for the server", summary.server_ns, "it applies the gradients"),
+        ("other work of this worker", summary.own_ns, "the next batch, handing over, reporting"),
+        ("a typical step", summary.step_ns, "mean of the middle half of the steps"),
+    ]
+    whole_ns = max(summary.step_ns, 1)
+    rows = [[name, _ms(ns), f"{ns / whole_ns:.0%}", note] for name, ns, note in parts]
+    return _table(["Where the time goes", "time", "share", ""], rows, last_left=True)
+
+
+def _who_is_last(summary: Summary, slot: int) -> str:
+    if not summary.last_slots or summary.last_slots[0][0] == slot:
+        own = dict(summary.last_slots).get(slot, 0)
+        return f"this worker itself was last in {own} steps" if own else ""
+    last, n = summary.last_slots[0]
+    return f"worker {last} was last in {n} of {summary.n_steps} steps"
+
+
+def _explain_changes(report: WorkerReport, costs: Costs) -> str:
+    changes = report.plans
+    shown = changes[-_MOST_CHANGES:]
+    lines = [f"Changes of plan: {len(changes) - 1} after the first"]
+    if len(shown) < len(changes):
+        lines[0] += f", the last {len(shown)}"
+    lines += [f"  from step {step}: {describe_plan(plan, costs)}" for step, plan in shown]
+    return "\n".join(lines)
+
+
+# -- cells of tables -----------------------------------------------------------------------------
+
+
+def _layer_cells(layers: Sequence[LayerCosts]) -> list[str]:
+    return [
+        _size(sum(layer.nbytes for layer in layers)),
+        _ms(sum(layer.pull_ns for layer in layers)),
+        _ms(sum(layer.forward_ns for layer in layers)),
+        _ms(sum(layer.backward_ns for layer in layers)),
+        _ms(sum(layer.push_ns for layer in layers)),
+    ]
+
+
+def _cost_ns(layer: LayerCosts) -> int:
+    return layer.pull_ns + layer.forward_ns + layer.backward_ns + layer.push_ns
+
+
+def _layers_of(transfer: Transfer, costs: Costs) -> str:
+    first, last = transfer.segment.first, transfer.segment.last
+    if first == last:
+        return costs.layers[first].name
+    names = [costs.layers[first].name, costs.layers[last].name]
+    if transfer.direction == "push":
+        names.reverse()
+    return f"{names[0]} to {names[1]} ({last - first + 1} layers)"
+
+
+def _nbytes_of(transfer: Transfer, costs: Costs) -> int:
+    return sum(costs.layers[index].nbytes for index in transfer.segment.layers)
+
+
+def _rate(costs: Costs, transfer_ns: Callable[[LayerCosts], int]) -> str:
+    total_ns = sum(map(transfer_ns, costs.layers))
+    if not total_ns:
+        return "beyond measure"
+    return f"{sum(layer.nbytes for layer in costs.layers) * 8e3 / total_ns:.4g} Mbit/s"
+
+
+def _ms(value_ns: int) -> str:
+    return f"{value_ns / 1e6:,.2f} ms"
+
+
+def _size(nbytes: int) -> str:
+    if nbytes < 1 << 10:
+        return f"{nbytes} B"
+    return f"{nbytes / 2**10:.1f} KiB" if nbytes < 1 << 20 else f"{nbytes / 2**20:.2f} MiB"
+
+
+def _count(number: int, word: str) -> str:
+    plural = "es" if word.endswith("sh") else "s"
+    return f"{number} {word}{plural if number != 1 else ''}"
+
+
+def _apart(value_ns: int, measured_ns: int) -> str:
+    share = value_ns / measured_ns - 1 if measured_ns else 0.0
+    if abs(share) < 0.0005:
+        return "as measured"
+    return f"{abs(share):.1%} {'more' if share > 0 else 'less'} than measured"
+
+
+def _table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    left: int = 1,
+    last_left: bool = False,
+    rule: bool = False,
+) -> str:
+    """Return aligned columns, the first ``left`` of them (and the last) left-aligned.
+
+    Args:
+        rule: draw a line above the last row, which is a sum.
+    """
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        aligned = [
+            cell.ljust(width)
+            if place < left or (last_left and place == len(cells) - 1)
+            else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "  ".join(aligned).rstrip()
+
+    lines = [line(header), "-" * (sum(widths) + 2 * len(widths) - 2), *map(line, rows)]
+    if rule:
+        lines.insert(-1, lines[1])
+    return "\n".join(lines)
