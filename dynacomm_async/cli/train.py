@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import sys
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
+from typing import Any, TextIO
 
 from dynacomm_async.addresses import parse_address
 from dynacomm_async.cli.children import Children, Event
@@ -30,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser)
     add_strategy_argument(parser)
     add_fleet_arguments(parser)
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="at the end, say where the time of each worker's step went",
+    )
     add_output_arguments(parser)
 
 
@@ -37,7 +44,8 @@ def command(args: argparse.Namespace) -> int:
     """Train, and print the result."""
     if args.save is not None:
         check_writable(args.save)
-    result = train_locally(args, args.strategy, fleet_from(args))
+    explained: dict[int, Event] | None = {} if args.explain else None
+    result = train_locally(args, args.strategy, fleet_from(args), explained)
     if args.json:
         print_json(result)
     else:
@@ -46,39 +54,67 @@ def command(args: argparse.Namespace) -> int:
             f"test accuracy {result['test_accuracy']:.4f}, "
             f"parameters sha256 {result['parameters_sha256'][:16]}"
         )
+    if explained is not None:
+        _print_explanations(explained, sys.stderr if args.json else sys.stdout)
     return 0
 
 
-def train_locally(args: argparse.Namespace, strategy: str, fleet: Fleet) -> Mapping[str, Any]:
+def _print_explanations(explained: Mapping[int, Event], stream: TextIO) -> None:
+    """Print the first rank's whole story, and of the others what differs."""
+    for rank in sorted(explained):
+        print(f"\n{explained[rank]['brief' if rank else 'text']}", file=stream)
+
+
+def train_locally(
+    args: argparse.Namespace,
+    strategy: str,
+    fleet: Fleet,
+    explained: dict[int, Event] | None = None,
+) -> Mapping[str, Any]:
     """Start a server, links and workers as processes, wait for the end, return the result.
 
     Args:
         args: as :func:`dynacomm_async.cli.workload.add_run_arguments` adds them.
         strategy: name of the scheduling strategy.
         fleet: what lies between server and workers, and how fast these are.
+        explained: filled with what each rank says of its steps, as ``text`` and, without what is
+            alike at all workers, ``brief``; None: none of them says anything.
 
     Raises:
         DynaCommError: a setting is wrong, or a process failed.
     """
     _, steps = check_run(args, strategy)  # fail here, with one line, rather than in a child
-    return run(_train(args, strategy, steps, fleet))
+    return run(_train(args, strategy, steps, fleet, explained))
 
 
 async def _train(
-    args: argparse.Namespace, strategy: str, steps: int, fleet: Fleet
+    args: argparse.Namespace,
+    strategy: str,
+    steps: int,
+    fleet: Fleet,
+    explained: dict[int, Event] | None,
 ) -> Mapping[str, Any]:
     loop = asyncio.get_running_loop()
     address: asyncio.Future[str] = loop.create_future()
     result: asyncio.Future[Mapping[str, Any]] = loop.create_future()
-    progress = Progress("training: step", steps)
+    progress = Progress("training: step", steps, log=not args.json)
+    notes: list[str] = []  # the first worker's on its newest step
 
     def on_server_event(event: Event) -> None:
         if event["event"] == "listening":
             address.set_result(event["address"])
         elif event["event"] == "step":
-            progress.update(event["index"] + 1, loss=event["loss"], images=event["images"])
+            progress.update(
+                event["index"] + 1, loss=event["loss"], images=event["images"], notes=notes
+            )
         elif event["event"] == "result":
             result.set_result({key: event[key] for key in event if key != "event"})
+
+    def on_worker_event(number: int, event: Event) -> None:
+        if event["event"] == "step" and number == 0:
+            notes[:] = event["notes"]
+        elif event["event"] == "explained" and explained is not None:
+            explained[event["rank"]] = event
 
     module = "dynacomm_async.cli.main"
     async with contextlib.AsyncExitStack() as stack:
@@ -100,7 +136,8 @@ async def _train(
                 str(target),
                 f"--slowdown={fleet.slowdowns[number]}",
                 "--events",
-                on_event=lambda event: None,
+                *(["--explain"] if explained is not None else []),
+                on_event=partial(on_worker_event, number),
             )
         await children.wait_for(result)
         await children.wait_all()

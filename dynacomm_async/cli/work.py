@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dynacomm_async.cli.links import slowdown
-from dynacomm_async.cli.output import Progress, say
+from dynacomm_async.cli.output import Progress, emit, say, step_notes
 from dynacomm_async.cli.signals import interruptible
 from dynacomm_async.cli.workload import Workload, load_workload, number
+from dynacomm_async.observe import describe_plan, explain_worker
 from dynacomm_async.wire.grid import LayerSpec
 from dynacomm_async.worker import Session, bind_engine, layer_specs, train
 
 __all__ = ["add_arguments", "command"]
 
 EXAMPLE = "dynacomm work --server 192.168.1.10:7070"
+
+_EMIT_EVERY_S = 0.1
+"""How often a parent hears of steps, at most."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1.0,
         metavar="F",
         help="imitate a slower device: each layer takes F times as long (default: 1)",
+    )
+    parser.add_argument(
+        "--explain", action="store_true", help="at the end, say where the time of a step went"
     )
     parser.add_argument("--events", action="store_true", help=argparse.SUPPRESS)
 
@@ -64,12 +72,56 @@ def _work(args: argparse.Namespace) -> None:
         if not args.events:
             say(f"run {welcome.run}: joined as rank {welcome.slot} (of {welcome.workers})")
         engine = bind_engine(session, workload.network, session.settings["batch"])
-        progress = Progress("step", welcome.steps)
+        progress = Progress("step", welcome.steps, log=not args.events)
+        news = _News(session, args.events)
         try:
             batches = partial(workload.batch, welcome.slot)
             for step in train(session, engine, batches, slowdown=args.slowdown):
-                progress.update(step.index + 1, loss=step.loss, images=engine.batch)
+                progress.update(
+                    step.index + 1, loss=step.loss, images=engine.batch, notes=news.tell()
+                )
         finally:
             progress.close()
     if not args.events:
         say(f"the run has ended after {welcome.steps} steps")
+    if args.explain:
+        _explain(session, args.events)
+
+
+class _News:
+    """Tells of steps that have ended and plans that have changed: a person, or the parent."""
+
+    def __init__(self, session: Session, events: bool) -> None:
+        self._session = session
+        self._events = events
+        self._n_plans = 0  # that were told of
+        self._emitted = 0.0
+
+    def tell(self) -> list[str]:
+        """Return what a line of progress says of the newest step."""
+        account = self._session.metrics.latest
+        if not self._events:
+            self._tell_plans()
+        if account is None:
+            return []
+        notes = step_notes(account.step_ns / 1e9, account)
+        if self._events and time.monotonic() - self._emitted > _EMIT_EVERY_S:
+            self._emitted = time.monotonic()
+            emit("step", notes=notes)
+        return notes
+
+    def _tell_plans(self) -> None:
+        changes = self._session.plans.changes
+        for step, plan in changes[self._n_plans :]:
+            if plan.strategy != "warm-up":
+                say(f"from step {step} on: {describe_plan(plan)}")
+        self._n_plans = len(changes)
+
+
+def _explain(session: Session, events: bool) -> None:
+    report = session.describe()
+    if events:
+        whole, brief = explain_worker(report), explain_worker(report, brief=True)
+        emit("explained", rank=report.slot, text=whole, brief=brief)
+    else:
+        print(explain_worker(report))

@@ -20,11 +20,11 @@ from dynacomm_async.schedule.timeline import LowerBound, Timeline, Transfer
 
 __all__ = [
     "describe_plan",
-    "explain_worker",
     "explain_layers",
     "explain_link",
     "explain_plan",
     "explain_steps",
+    "explain_worker",
 ]
 
 _MOST_LAYERS = 25
@@ -46,9 +46,8 @@ _STRATEGIES = {
 }
 
 _BOUNDS = {
-    "equal-rate": "proven for messages of any layers in any order, equally fast both ways",
-    "any-rate": "proven for messages of any layers in any order; a weaker proof, since up and "
-    "down differ",
+    "equal-rate": "proven for any cut and any order of messages, up and down equally fast",
+    "any-rate": "proven for any cut and any order of messages, whatever the rates",
     "shared-link": "proven for the mean step of workers that share one link",
 }
 
@@ -59,19 +58,20 @@ def explain_worker(report: WorkerReport, *, brief: bool = False) -> str:
     Args:
         brief: leave out the tables of layers and messages, which are alike at all workers.
     """
-    sections = [f"WORKER {report.slot} (of {report.workers}): where the time of a step goes"]
+    title = f"Worker {report.slot} of {report.workers}: where the time of a step goes"
+    sections = [f"{title}\n{'=' * len(title)}"]
     expectation = report.expectation
     if expectation is None:
         sections.append("No step has been computed, so there is nothing to explain.")
         return "\n\n".join(sections)
     sections.append(explain_link(expectation.costs, report.link))
     if brief:
-        sections.append(f"Plan in use: {describe_plan(expectation.plan, expectation.costs)}")
+        sections.append(f"Plan in use: {describe_plan(expectation.plan)}")
     else:
         sections.append(explain_layers(expectation.costs))
         sections.append(explain_plan(expectation))
     sections.append(explain_steps(report.summary, expectation, slot=report.slot))
-    sections.append(_explain_changes(report, expectation.costs))
+    sections.append(_explain_changes(report))
     return "\n\n".join(sections)
 
 
@@ -156,7 +156,7 @@ def explain_plan(expectation: Expectation) -> str:
     header = ["Message", "layers", "size", "begins", "has left", "arrives"]
     return "\n".join(
         [
-            f"Plan in use: {describe_plan(plan, costs)}",
+            f"Plan in use: {describe_plan(plan)}",
             *([f"{plan.strategy}: {_STRATEGIES[plan.strategy]}"] * (plan.strategy in _STRATEGIES)),
             _table(header, rows, left=2),
             "begins, has left, arrives: predicted, from the begin of the step's first pull; the "
@@ -167,85 +167,105 @@ def explain_plan(expectation: Expectation) -> str:
 
 
 def explain_steps(summary: Summary | None, expectation: Expectation, *, slot: int) -> str:
-    """Return the prediction, what was measured, where the time went, and the lower bound."""
+    """Return the prediction, what was measured, where the time went, and the lower bound.
+
+    Args:
+        summary: None where nothing was measured.
+        expectation: of the plan in use.
+        slot: the worker's rank.
+    """
     if summary is None:
-        return "\n".join(
+        predicted = [("Predicted step", [_ms(expectation.timeline.step_ns)])]
+        return _named_lines([*predicted, ("Lower bound", _bound_lines(expectation.bound))])
+    named = [
+        (
+            "Measured step",
             [
-                f"Predicted step  {_ms(expectation.timeline.step_ns)}",
-                _bound_line(expectation.bound),
-                "Measured step   none: no step followed the same plan as the one before",
-            ]
-        )
-    lines = [
-        f"Measured step   {_ms(summary.median_ns)} (median; half of the steps took "
-        f"{_ms(summary.low_ns)} to {_ms(summary.high_ns)})",
-        f"                in {summary.n_steps} steps, from step {summary.first} to "
-        f"{summary.last}, without those after a change of plan",
-        _prediction_line(summary, expectation.timeline),
-        _bound_line(summary.bound or expectation.bound, summary),
-        "",
-        _parts_table(summary, slot),
+                f"{_ms(summary.median_ns)} (median; half of the steps took "
+                f"{_ms(summary.low_ns)} to {_ms(summary.high_ns)})",
+                f"over {summary.n_steps} steps, {summary.first} to {summary.last}; the first "
+                "step after a change of plan never counts",
+            ],
+        ),
+        ("Predicted step", _prediction_lines(summary, expectation.timeline)),
+        ("Lower bound", _bound_lines(summary.bound or expectation.bound, summary)),
     ]
-    if summary.busy_ns is not None and summary.hidden_fraction is not None:
-        idle_ns = summary.step_ns - summary.compute_ns
-        hidden_ns = summary.busy_ns - idle_ns
-        lines.append(
-            f"The links are busy {_ms(summary.busy_ns)} in a step (both directions together, by "
-            f"the fitted costs).\nThe step is {_ms(idle_ns)} longer than its computing, so "
-            + (
-                f"{_ms(hidden_ns)} of that are hidden behind it: hidden share "
-                if hidden_ns >= 0
-                else f"waiting costs {_ms(-hidden_ns)} more than that: hidden share "
-            )
-            + f"{summary.hidden_fraction:.0%}."
-        )
-    return "\n".join(lines)
+    if summary.busy_ns:
+        named.append(("Hidden share", _hidden_lines(summary, summary.busy_ns)))
+    return f"{_named_lines(named)}\n\n{_parts_table(summary, slot)}"
 
 
-def describe_plan(plan: Plan, costs: Costs) -> str:
-    """Return a plan in one line: its messages by the layers that they begin with."""
-    return f"{plan.strategy}, {_count(len(plan.pull), 'pull')} and {_count(len(plan.push), 'push')}"
+def describe_plan(plan: Plan) -> str:
+    """Return a plan in one line: who made it, and how many messages it has each way."""
+    pulls, pushes = _count(len(plan.pull), "pull"), _count(len(plan.push), "push")
+    return f"{plan.strategy}, {pulls} and {pushes} a step"
 
 
-def _prediction_line(summary: Summary, timeline: Timeline) -> str:
+def _named_lines(named: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """Put names into a margin, beside the lines that belong to them."""
+    width = max(len(name) for name, _ in named) + 2
+    return "\n".join(
+        (name if place == 0 else "").ljust(width) + line
+        for name, lines in named
+        for place, line in enumerate(lines)
+    )
+
+
+def _prediction_lines(summary: Summary, timeline: Timeline) -> list[str]:
     predicted_ns = summary.predicted_ns
     if predicted_ns is None:
-        return (
-            f"Predicted step  {_ms(timeline.step_ns)} by the costs known at the end; "
-            "they were not known while these steps ran"
-        )
-    line = f"Predicted step  {_ms(predicted_ns)}, {_apart(predicted_ns, summary.median_ns)}"
+        return [
+            f"{_ms(timeline.step_ns)} by what is known now;",
+            "the link was not known well enough while these steps ran",
+        ]
+    lines = [f"{_ms(predicted_ns)}, {_apart(predicted_ns, summary.median_ns)}"]
     if summary.waited_ns > predicted_ns / 100:
         together_ns = predicted_ns + summary.waited_ns
-        line += (
-            f" (it leaves out others: with\n                {_ms(summary.waited_ns)} of waiting "
-            f"for them {_ms(together_ns)}, {_apart(together_ns, summary.median_ns)})"
+        lines.append(
+            f"with {_ms(summary.waited_ns)} of waiting for other workers {_ms(together_ns)}, "
+            f"{_apart(together_ns, summary.median_ns)}"
         )
-    return line
+    return lines
 
 
-def _bound_line(bound: LowerBound, summary: Summary | None = None) -> str:
-    line = f"Lower bound     {_ms(bound.step_ns)}"
+def _bound_lines(bound: LowerBound, summary: Summary | None = None) -> list[str]:
+    line = _ms(bound.step_ns)
     if summary is not None and summary.certificate is not None:
         over_ns = summary.median_ns - bound.step_ns
         line += (
-            f": the measured step is {summary.certificate:.2f} times as long ({_ms(over_ns)} above)"
+            f", the measured step is {summary.certificate - 1:.0%} ({_ms(over_ns)}) above it"
             if over_ns >= 0
-            else ": above the measured step, so the costs are not right"
+            else ", more than the measured step: the costs above are not right"
         )
-    return (
-        f"{line}\n                no plan can be faster with these costs "
-        f'("{bound.name}": {_BOUNDS[bound.name]})'
-    )
+    return [
+        line,
+        "no plan can be faster on this link with these layers, other workers left aside;",
+        f'bound "{bound.name}": {_BOUNDS[bound.name]}',
+    ]
+
+
+def _hidden_lines(summary: Summary, busy_ns: int) -> list[str]:
+    idle_ns = summary.step_ns - summary.compute_ns
+    lines = [
+        f"{1 - idle_ns / busy_ns:.0%} of the {_ms(busy_ns)} that messages occupy the links, both "
+        "directions together:"
+    ]
+    if idle_ns <= busy_ns:
+        return [*lines, f"the step is only {_ms(idle_ns)} longer than its computing"]
+    return [
+        *lines,
+        f"the step is {_ms(idle_ns)} longer than its computing, so nothing is hidden on balance;",
+        "latency and waiting for others add to what the messages take",
+    ]
 
 
 def _parts_table(summary: Summary, slot: int) -> str:
     parts = [
         ("computing the layers", summary.compute_ns, ""),
-        ("waiting for the link", summary.exposed_ns, "communication that nothing hides"),
+        ("waiting for the link", summary.exposed_ns, "exposed communication, latency included"),
         ("waiting for other workers", summary.waited_ns, _who_is_last(summary, slot)),
         ("waiting for the server", summary.server_ns, "it applies the gradients"),
-        ("other work of this worker", summary.own_ns, "the next batch, handing over, reporting"),
+        ("other work of this worker", summary.own_ns, "the next batch, handing gradients over"),
         ("a typical step", summary.step_ns, "mean of the middle half of the steps"),
     ]
     whole_ns = max(summary.step_ns, 1)
@@ -256,18 +276,18 @@ def _parts_table(summary: Summary, slot: int) -> str:
 def _who_is_last(summary: Summary, slot: int) -> str:
     if not summary.last_slots or summary.last_slots[0][0] == slot:
         own = dict(summary.last_slots).get(slot, 0)
-        return f"this worker itself was last in {own} steps" if own else ""
+        return f"this one was last in {own} of {summary.n_steps} steps" if own else ""
     last, n = summary.last_slots[0]
     return f"worker {last} was last in {n} of {summary.n_steps} steps"
 
 
-def _explain_changes(report: WorkerReport, costs: Costs) -> str:
+def _explain_changes(report: WorkerReport) -> str:
     changes = report.plans
     shown = changes[-_MOST_CHANGES:]
     lines = [f"Changes of plan: {len(changes) - 1} after the first"]
     if len(shown) < len(changes):
         lines[0] += f", the last {len(shown)}"
-    lines += [f"  from step {step}: {describe_plan(plan, costs)}" for step, plan in shown]
+    lines += [f"  from step {step}: {describe_plan(plan)}" for step, plan in shown]
     return "\n".join(lines)
 
 
