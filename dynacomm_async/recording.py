@@ -46,9 +46,9 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Computed(NamedTuple):
-    """What the computing thread did. ``what`` is ``"forward"``, ``"backward"`` or ``"wait"``."""
+    """What the computing thread did for a layer; ``"wait"``: it lacked the parameters."""
 
-    what: str
+    what: Literal["forward", "backward", "wait"]
     step: int
     layer: int
     start_ns: int

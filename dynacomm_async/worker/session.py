@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from time import monotonic_ns
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -562,7 +562,13 @@ class Step:
             session.post(session.client.step_computed, self._forward_ns, self._backward_ns)
         self._mark_ns = monotonic_ns()
 
-    def _record(self, what: str, layer: int, start_ns: int, end_ns: int) -> None:
+    def _record(
+        self,
+        what: Literal["forward", "backward", "wait"],
+        layer: int,
+        start_ns: int,
+        end_ns: int,
+    ) -> None:
         if self._recorder is not None:
             self._recorder.add(Computed(what, self.index, layer, start_ns, end_ns))
 
