@@ -1,10 +1,14 @@
-"""A range: a run of neighbouring cells. The one word that planning, wire and server share."""
+"""Cells and ranges of them: the words that planning, wire and server share."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["Range"]
+__all__ = ["CELL_NBYTES", "Range"]
+
+CELL_NBYTES = 16384
+"""Size of a cell: what versions, ranges and messages are counted in, and where a layer may be cut.
+Cells restart at each layer, so a layer's last one may be smaller."""
 
 
 class Range(NamedTuple):

@@ -1,19 +1,76 @@
-"""The rule by which a sender picks its next message, the same for uplink and downlink.
+"""The rules by which a sender picks its next message, the same for uplink and downlink.
 
-Messages leave in the order of the plan, each as soon as all its cells are ready; a sender with a
-barrier waits until everything is. The rule is asked when the link is free, never before, and
-knows neither links nor clocks.
+:class:`OrderedDispatcher` sends the messages of a plan in their order, each as soon as all its
+cells are ready; with a barrier it waits until everything is. :class:`PriorityDispatcher` has no
+list: it sends what is ready, the front of the model first, in messages that a policy measures out.
+Either is asked when the link is free, never before: what becomes ready while a message leaves can
+still overtake what waits. Neither knows links or clocks.
 """
 
 from __future__ import annotations
 
+import heapq
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 from dynacomm_async.errors import PlanError
 from dynacomm_async.ranges import Range
+from dynacomm_async.schedule.layout import Layout
 
-__all__ = ["OrderedDispatcher"]
+__all__ = ["Dispatcher", "OrderedDispatcher", "Policy", "PriorityDispatcher"]
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How much of what is ready leaves in one message, and when it is worth one.
+
+    Every message occupies its link for a fixed overhead beside its bytes. Small messages reach the
+    other side sooner, large ones waste less; waiting for more fills them.
+
+    Attributes:
+        cap_nbytes: a message holds at most this much, but at least one cell, or one layer where
+            layers stay whole; None: no limit.
+        threshold_nbytes: while less than this is ready and more is to come, nothing leaves.
+        whole_layers: send layers only when all their cells are ready, and never a part of one.
+        one_layer: a message holds cells of one layer only.
+
+    Raises:
+        PlanError: a cap below 1, a threshold below 0, or a flag that is none.
+    """
+
+    cap_nbytes: int | None = None
+    threshold_nbytes: int = 0
+    whole_layers: bool = False
+    one_layer: bool = False
+
+    def __post_init__(self) -> None:
+        cap, threshold = self.cap_nbytes, self.threshold_nbytes
+        if cap is not None and (type(cap) is not int or cap < 1):
+            raise PlanError(f"a policy's cap is {cap!r} bytes, expected at least 1 or None")
+        if type(threshold) is not int or threshold < 0:
+            raise PlanError(f"a policy's threshold is {threshold!r} bytes, expected at least 0")
+        for flag in (self.whole_layers, self.one_layer):
+            if not isinstance(flag, bool):
+                raise PlanError(f"a policy's flag is {flag!r}, expected True or False")
+
+
+class Dispatcher(Protocol):
+    """A rule for one direction of one step."""
+
+    @property
+    def done(self) -> bool:
+        """Whether everything has been handed out."""
+        ...
+
+    def ready(self, first: int, count: int) -> None:
+        """Mark ``count`` cells from ``first`` as ready."""
+        ...
+
+    def next(self) -> tuple[Range, ...] | None:
+        """Return the message to send now, None: wait, or nothing is left."""
+        ...
 
 
 class OrderedDispatcher:
@@ -33,16 +90,13 @@ class OrderedDispatcher:
         self, messages: Sequence[tuple[Range, ...]], *, n_cells: int, barrier: bool = False
     ) -> None:
         self._messages = tuple(messages)
-        self._n_cells = n_cells
         self._barrier = barrier
         self._missing = [sum(part.count for part in message) for message in self._messages]
         self._n_missing = sum(self._missing)
         self._sent = 0
         self._parts = _sort_parts(self._messages, n_cells)
         self._part_ends = [first + count for first, count, _ in self._parts]
-        # What is ready, as disjoint runs that do not touch, in order.
-        self._begins: list[int] = []
-        self._ends: list[int] = []
+        self._ready = _Runs(n_cells)
 
     @property
     def done(self) -> bool:
@@ -57,13 +111,8 @@ class OrderedDispatcher:
         Raises:
             PlanError: cells outside the model; nothing is marked.
         """
-        end = first + count
-        if count < 1 or first < 0 or end > self._n_cells:
-            raise PlanError(
-                f"cells {first} to {end} are ready, expected at least one of 0 to {self._n_cells}"
-            )
-        for gap_begin, gap_end in self._fill(first, end):
-            self._count_down(gap_begin, gap_end)
+        for begin, end in self._ready.add(first, count):
+            self._count_down(begin, end)
 
     def next(self) -> tuple[Range, ...] | None:
         """Return the message to send now and count it as sent; None: wait, or nothing is left."""
@@ -73,8 +122,151 @@ class OrderedDispatcher:
         self._sent += 1
         return message
 
-    def _fill(self, begin: int, end: int) -> list[tuple[int, int]]:
-        """Merge a run into the ready ones; return the parts of it that were not ready."""
+    def _count_down(self, begin: int, end: int) -> None:
+        for index in range(bisect_right(self._part_ends, begin), len(self._parts)):
+            first, count, message = self._parts[index]
+            if first >= end:
+                break
+            n_cells = min(first + count, end) - max(first, begin)
+            self._missing[message] -= n_cells
+            self._n_missing -= n_cells
+
+
+class PriorityDispatcher:
+    """Hands out what is ready, the lowest cells first.
+
+    A layer that is cut costs nothing: what is ready is kept as runs of cells, so an operation is
+    O(log R) for the R runs and O(log L) for the L layers, however many cells there are.
+
+    Args:
+        policy: how large messages are, and when one is worth sending.
+        layout: the cells of the layers; all of them are to be sent, each once.
+    """
+
+    def __init__(self, policy: Policy, layout: Layout) -> None:
+        self._policy = policy
+        self._layout = layout
+        self._ready = _Runs(layout.n_cells)
+        self._missing = list(map(int.__sub__, layout.firsts[1:], layout.firsts))
+        self._waiting: list[tuple[int, int]] = []  # a heap of runs: first cell, and the one after
+        self._waiting_nbytes = 0
+        self._to_come_nbytes = layout.nbytes
+
+    @property
+    def done(self) -> bool:
+        """Whether every cell has been handed out."""
+        return not self._waiting and not self._to_come_nbytes
+
+    def ready(self, first: int, count: int) -> None:
+        """Mark ``count`` cells from ``first`` as ready; those that were already stay so.
+
+        When the last cell is ready no more will come, and the threshold waits no longer.
+
+        Raises:
+            PlanError: cells outside the model; nothing is marked.
+        """
+        for begin, end in self._ready.add(first, count):
+            if self._policy.whole_layers:
+                self._complete_layers(begin, end)
+            else:
+                self._enqueue(begin, end)
+
+    def next(self) -> tuple[Range, ...] | None:
+        """Return the message to send now and count it as sent; None: wait, or nothing is left."""
+        waiting, policy = self._waiting, self._policy
+        if not waiting:
+            return None
+        if self._to_come_nbytes and self._waiting_nbytes < policy.threshold_nbytes:
+            return None
+        room = self._waiting_nbytes if policy.cap_nbytes is None else policy.cap_nbytes
+        if policy.one_layer:
+            layer = self._layout.layer_of(waiting[0][0])
+            limit = self._layout.firsts[layer + 1]
+        else:
+            limit = self._layout.n_cells
+        message: list[Range] = []
+        message_end = -1
+        while waiting and waiting[0][0] < limit:
+            begin, end = waiting[0]
+            stop, nbytes = self._measure(begin, min(end, limit), room, not message)
+            if stop == begin:
+                break
+            if stop == end:
+                heapq.heappop(waiting)
+            else:
+                heapq.heapreplace(waiting, (stop, end))
+            if begin == message_end:
+                begin, _ = message.pop()
+            message.append(Range(begin, stop - begin))
+            message_end = stop
+            self._waiting_nbytes -= nbytes
+            room -= nbytes
+            if stop < end:
+                break
+        return tuple(message)
+
+    def _measure(self, begin: int, end: int, room: int, must: bool) -> tuple[int, int]:
+        """Return how far a message with that much room takes a run, and how much that is."""
+        layout = self._layout
+        offset = layout.offset(begin)
+        nbytes = layout.offset(end) - offset
+        if nbytes <= room:
+            return end, nbytes
+        stop = layout.cell_before(offset + room) if room > 0 else begin
+        if self._policy.whole_layers:
+            stop = layout.firsts[layout.layer_of(stop)]
+            if must and stop <= begin:
+                stop = layout.firsts[layout.layer_of(begin) + 1]
+        elif must and stop <= begin:
+            stop = begin + 1
+        return stop, layout.offset(stop) - offset
+
+    def _enqueue(self, begin: int, end: int) -> None:
+        nbytes = self._layout.offset(end) - self._layout.offset(begin)
+        heapq.heappush(self._waiting, (begin, end))
+        self._waiting_nbytes += nbytes
+        self._to_come_nbytes -= nbytes
+
+    def _complete_layers(self, begin: int, end: int) -> None:
+        """Enqueue the layers of which these cells were the last ones, neighbours as one run."""
+        firsts, missing = self._layout.firsts, self._missing
+        layer = self._layout.layer_of(begin)
+        first = None  # of the layers that are complete
+        while begin < end:
+            stop = min(end, firsts[layer + 1])
+            missing[layer] -= stop - begin
+            if not missing[layer] and first is None:
+                first = layer
+            elif missing[layer] and first is not None:
+                self._enqueue(firsts[first], firsts[layer])
+                first = None
+            begin = stop
+            layer += 1
+        if first is not None:
+            self._enqueue(firsts[first], firsts[layer])
+
+
+class _Runs:
+    """The cells that are ready, as disjoint runs that do not touch, in order."""
+
+    def __init__(self, n_cells: int) -> None:
+        self._n_cells = n_cells
+        self._begins: list[int] = []
+        self._ends: list[int] = []
+
+    def add(self, first: int, count: int) -> Sequence[tuple[int, int]]:
+        """Merge a run into the ready ones; return the parts of it that were not ready.
+
+        O(log R) for R runs, and amortised O(1) for every run it touches.
+
+        Raises:
+            PlanError: cells outside the model; nothing is added.
+        """
+        begin, end = first, first + count
+        if count < 1 or first < 0 or end > self._n_cells:
+            raise PlanError(
+                f"cells {first} to {end} are ready, expected at least one of 0 to {self._n_cells}"
+            )
         begins, ends = self._begins, self._ends
         # Runs low..high-1 overlap or touch this one and become one run with it.
         low = bisect_left(ends, begin)
@@ -92,15 +284,6 @@ class OrderedDispatcher:
         begins[low:high] = [begin]
         ends[low:high] = [end]
         return gaps
-
-    def _count_down(self, begin: int, end: int) -> None:
-        for index in range(bisect_right(self._part_ends, begin), len(self._parts)):
-            first, count, message = self._parts[index]
-            if first >= end:
-                break
-            n_cells = min(first + count, end) - max(first, begin)
-            self._missing[message] -= n_cells
-            self._n_missing -= n_cells
 
 
 def _sort_parts(messages: Sequence[tuple[Range, ...]], n_cells: int) -> list[tuple[int, int, int]]:

@@ -1,17 +1,22 @@
-"""What a step sends: runs of layers, one message each, in the order they leave.
+"""What a step sends and when: a list of messages each way, or a policy each way.
 
-Between the last push of a step and the first pull of the next there is a barrier.
+A :class:`Plan` names its messages, runs of layers, in the order they leave. Between the last push
+of a step and the first pull of the next there is a barrier, unless the plan lets its pulls begin
+as soon as what they carry is there. A :class:`PolicyPlan` names no messages: what leaves next is
+decided when the link is free, from what is ready then, and nothing waits for a barrier.
 """
 
 from __future__ import annotations
 
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import TypeAlias
 
 from dynacomm_async.errors import PlanError
+from dynacomm_async.schedule.dispatch import Policy
 
-__all__ = ["Plan", "Segment", "cut_segments"]
+__all__ = ["AnyPlan", "Plan", "PolicyPlan", "Segment", "cut_segments", "read_plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,8 @@ class Plan:
         n_layers: how many layers the model has.
         pull: segments in the order they are sent down; they cover layers 0 to L-1, ascending.
         push: segments in the order they are sent up; they cover layers L-1 to 0, descending.
+        barrier: whether the first pull waits for the last push; else each pull leaves, in its
+            turn, as soon as the server has all that it carries.
 
     Raises:
         PlanError: the segments of a direction leave out or repeat a layer, or are out of order.
@@ -59,12 +66,12 @@ class Plan:
     n_layers: int
     pull: tuple[Segment, ...]
     push: tuple[Segment, ...]
+    barrier: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.strategy, str) or not self.strategy:
-            raise PlanError(f"a plan's strategy is {self.strategy!r}, expected a name")
-        if type(self.n_layers) is not int or self.n_layers < 1:
-            raise PlanError(f"a plan is for {self.n_layers!r} layers, expected at least 1")
+        _check_head(self.strategy, self.n_layers)
+        if not isinstance(self.barrier, bool):
+            raise PlanError(f"a plan's barrier is {self.barrier!r}, expected True or False")
         _check_cover(self.pull, self.n_layers, "pull")
         _check_cover(tuple(reversed(self.push)), self.n_layers, "push (read from its end)")
 
@@ -97,15 +104,86 @@ class Plan:
             raise PlanError(f"a plan's strategy is {reprlib.repr(strategy)}, expected a name")
         pull = _read_segments(mapping.get("pull"), "pull")
         push = _read_segments(mapping.get("push"), "push")
-        return cls(strategy, max(segment.last for segment in pull) + 1, pull, push)
+        barrier = mapping.get("barrier", True)
+        return cls(strategy, max(segment.last for segment in pull) + 1, pull, push, barrier)
 
     def to_json(self) -> dict[str, object]:
-        """Return ``strategy``, ``pull`` and ``push``: [first, last] pairs in the order sent."""
-        return {
+        """Return ``strategy``, ``pull`` and ``push``: [first, last] pairs in the order sent.
+
+        A plan without a barrier has ``barrier``: false beside them.
+        """
+        plan: dict[str, object] = {
             "strategy": self.strategy,
             "pull": [[segment.first, segment.last] for segment in self.pull],
             "push": [[segment.first, segment.last] for segment in self.push],
         }
+        return plan if self.barrier else {**plan, "barrier": False}
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyPlan:
+    """The rules by which a step's messages are made up while it runs; there is no barrier.
+
+    Attributes:
+        strategy: the name of the planner that made it.
+        n_layers: how many layers the model has.
+        pull: the downlink's policy, at the server.
+        push: the uplink's policy, at the worker.
+
+    Raises:
+        PlanError: no name, no layers, or something else than policies.
+    """
+
+    strategy: str
+    n_layers: int
+    pull: Policy
+    push: Policy
+
+    def __post_init__(self) -> None:
+        _check_head(self.strategy, self.n_layers)
+        for policy in (self.pull, self.push):
+            if not isinstance(policy, Policy):
+                raise PlanError(f"a policy is {reprlib.repr(policy)}, expected a Policy")
+
+    @classmethod
+    def from_json(cls, mapping: object) -> PolicyPlan:
+        """Build a plan from what :meth:`to_json` gave; other keys are ignored.
+
+        Raises:
+            PlanError: a missing or misshapen key.
+        """
+        if not isinstance(mapping, Mapping):
+            raise PlanError(f"a plan is {reprlib.repr(mapping)}, expected an object")
+        return cls(
+            mapping.get("strategy"),  # type: ignore[arg-type]  # checked when made
+            mapping.get("layers"),  # type: ignore[arg-type]
+            _read_policy(mapping.get("pull"), "pull"),
+            _read_policy(mapping.get("push"), "push"),
+        )
+
+    def to_json(self) -> dict[str, object]:
+        """Return ``strategy``, ``layers`` (their number), ``pull`` and ``push``: policies."""
+        return {
+            "strategy": self.strategy,
+            "layers": self.n_layers,
+            "pull": asdict(self.pull),
+            "push": asdict(self.push),
+        }
+
+
+AnyPlan: TypeAlias = Plan | PolicyPlan
+"""What a planner may return."""
+
+
+def read_plan(mapping: object) -> AnyPlan:
+    """Build a plan of either kind from its ``to_json``.
+
+    Raises:
+        PlanError: neither.
+    """
+    if isinstance(mapping, Mapping) and isinstance(mapping.get("pull"), Mapping):
+        return PolicyPlan.from_json(mapping)
+    return Plan.from_json(mapping)
 
 
 def cut_segments(n_layers: int, cuts: Iterable[int]) -> tuple[Segment, ...]:
@@ -125,6 +203,13 @@ def cut_segments(n_layers: int, cuts: Iterable[int]) -> tuple[Segment, ...]:
         segments.append(Segment(first, cut - 1))
         first = cut
     return tuple(segments)
+
+
+def _check_head(strategy: object, n_layers: object) -> None:
+    if not isinstance(strategy, str) or not strategy:
+        raise PlanError(f"a plan's strategy is {strategy!r}, expected a name")
+    if type(n_layers) is not int or n_layers < 1:
+        raise PlanError(f"a plan is for {n_layers!r} layers, expected at least 1")
 
 
 def _check_cover(ascending: Sequence[Segment], n_layers: int, what: str) -> None:
@@ -150,3 +235,12 @@ def _read_segments(value: object, key: str) -> tuple[Segment, ...]:
             raise PlanError(f"a {key} segment is {reprlib.repr(pair)}, expected [first, last]")
         segments.append(Segment(pair[0], pair[1]))
     return tuple(segments)
+
+
+def _read_policy(value: object, key: str) -> Policy:
+    names = [field.name for field in fields(Policy)]
+    if not isinstance(value, Mapping) or any(name not in value for name in names):
+        raise PlanError(
+            f"a plan's {key} is {reprlib.repr(value)}, expected an object with {', '.join(names)}"
+        )
+    return Policy(**{name: value[name] for name in names})

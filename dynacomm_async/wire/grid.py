@@ -17,12 +17,11 @@ from functools import cached_property
 import msgpack
 
 from dynacomm_async.errors import ShapeError
-from dynacomm_async.ranges import Range
+from dynacomm_async.ranges import CELL_NBYTES, Range
 
 __all__ = ["CELL_FLOATS", "CELL_NBYTES", "MAX_FLOATS", "Grid", "LayerSpec", "as_layer_specs"]
 
-CELL_FLOATS = 4096
-CELL_NBYTES = 4 * CELL_FLOATS
+CELL_FLOATS = CELL_NBYTES // 4
 
 MAX_FLOATS = 1 << 34
 """Parameters and statistics of the largest model (64 GiB). A grid costs memory by its size, and a
