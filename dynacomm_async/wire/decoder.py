@@ -22,9 +22,6 @@ __all__ = ["Admit", "Arrival", "Decoder", "Place", "Received"]
 
 _SCRATCH_NBYTES = 16 * 1024
 
-_BURST_NS = 250_000
-"""Reads this close to a message's first one count as one piece: they were waiting together."""
-
 Place = Callable[[Message, int], Sequence[memoryview]]
 """``place(message, payload_nbytes)`` returns the writable byte views that the payload goes into.
 
@@ -46,7 +43,8 @@ class Arrival(NamedTuple):
     Attributes:
         nbytes: the whole message: prefix, header and payload.
         first_nbytes: how much of it was there at ``first_ns``.
-        first_ns: when its first piece had been read; reads in quick succession are one piece.
+        first_ns: when its first piece was read. A read that fills its buffer leaves bytes behind,
+            so what the next one finds belongs to the same piece, however late it is read.
         last_ns: when its last byte was read.
         back_to_back: the sender had something to send all the time since the message before.
     """
@@ -97,9 +95,9 @@ class Decoder:
         self._prefix: Prefix | None = None  # the message under way, once its prefix is there
         self._message: Message | None = None  # and once its header is
         self._views: list[memoryview] = []  # destinations still to be filled, the next one last
-        self._began_ns = 0  # when the first bytes of the message were read
         self._first_ns = 0
         self._first_nbytes = 0
+        self._filled = False  # every read since the message's first filled its buffer
         self._now_ns = 0
 
     def get_buffer(self) -> memoryview:
@@ -116,17 +114,16 @@ class Decoder:
         self._now_ns = now_ns
         if self._views:
             view = self._views[-1]
+            if self._filled:
+                self._first_nbytes += nbytes
+                self._filled = nbytes == len(view)
             if nbytes == len(view):
                 self._views.pop()
             else:
                 self._views[-1] = view[nbytes:]
-            if now_ns - self._began_ns <= _BURST_NS:
-                self._first_nbytes += nbytes
-                self._first_ns = now_ns
         else:
-            if self._start == self._end:
-                self._began_ns = self._first_ns = now_ns
             self._end += nbytes
+            self._filled = self._end == len(self._scratch)
 
     @property
     def missing_nbytes(self) -> int:
@@ -160,7 +157,6 @@ class Decoder:
             self._now_ns,
             bool(prefix.flags & BACK_TO_BACK),
         )
-        self._began_ns = self._first_ns = self._now_ns  # the next one's, if it already began
         return Received(message, arrival)
 
     def _begin_message(self) -> bool:

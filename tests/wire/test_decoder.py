@@ -248,12 +248,20 @@ def test_an_arrival_tells_the_first_piece_from_the_rest() -> None:
     assert arrival == Arrival(WHOLE_NBYTES, len(HEAD) + 1000, 5_000_000, 9_000_000, False)
 
 
-def test_reads_in_quick_succession_count_as_the_first_piece() -> None:
+def test_what_a_full_buffer_left_behind_belongs_to_the_first_piece_however_late_it_is_read() -> (
+    None
+):
     clocked = Clocked()
-    clocked.feed(HEAD + bytes(1000), 5_000_000)
-    clocked.feed(bytes(4000), 5_250_000)
-    [arrival] = clocked.feed(bytes(5000), 5_250_001)
-    assert arrival == Arrival(WHOLE_NBYTES, len(HEAD) + 5000, 5_250_000, 5_250_001, False)
+    nbytes = 60_000
+    head = encode(Gradients(0, (Range(0, 4),)), nbytes)
+    full = len(clocked.decoder.get_buffer()) - len(head)
+    clocked.feed(head + bytes(full), 5_000_000)
+    clocked.feed(bytes(9000), 5_400_000)
+    clocked.feed(bytes(5000), 5_400_001)
+    [arrival] = clocked.feed(bytes(nbytes - full - 14_000), 9_000_000)
+    assert arrival == Arrival(
+        len(head) + nbytes, len(head) + full + 9000, 5_000_000, 9_000_000, False
+    )
 
 
 def test_a_header_in_two_pieces_counts_from_the_second() -> None:
