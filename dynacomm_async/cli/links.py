@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dynacomm_async.addresses import Address
+from dynacomm_async.cli.tracing import Parts
 from dynacomm_async.errors import ConfigError
 from dynacomm_async.link.options import add_setting_arguments, settings_from
 from dynacomm_async.link.process import LinkProcess
@@ -99,13 +100,17 @@ def _spread(option: str, text: str, n_workers: int) -> list[str]:
 
 
 async def start_links(
-    stack: contextlib.AsyncExitStack, links: Sequence[LinkSettings], servers: Sequence[Address]
+    stack: contextlib.AsyncExitStack,
+    links: Sequence[LinkSettings],
+    servers: Sequence[Address],
+    parts: Parts | None = None,
 ) -> list[list[LinkProcess]]:
     """Start a link process for each server and worker, or for each server where it is shared.
 
     Args:
         stack: ends them when it is left.
         links: one for each worker.
+        parts: where they leave their recordings; None: they record nothing.
 
     Returns:
         For each server one link for each worker; the same one where it is shared.
@@ -114,7 +119,10 @@ async def start_links(
         ConfigError: a link did not start; none is left half started.
     """
     own = links[:1] if links[0].shared else links
-    rows = [[LinkProcess(link, server) for link in own] for server in servers]
+    rows = [
+        [LinkProcess(link, server, trace=None if parts is None else parts.add()) for link in own]
+        for server in servers
+    ]
     # All at once, for there may be many; and none is left half started when one fails.
     starts = [process.__aenter__() for row in rows for process in row]
     results = await asyncio.gather(*starts, return_exceptions=True)

@@ -19,6 +19,7 @@ _COMMANDS = {
     "work": "run one worker of a training run",
     "train": "run a server and workers on this machine",
     "compare": "train under several strategies in turn and compare measured with predicted steps",
+    "trace": "join what the processes of a run have recorded into one trace",
     "plan": "plan a step from a cost table",
     "sweep": "compare the strategies on other links, batches and workers, without training",
     "profile": "measure a model's layers and a link, write a cost table",

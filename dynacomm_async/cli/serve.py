@@ -20,6 +20,7 @@ from dynacomm_async.cli.output import (
     step_notes,
 )
 from dynacomm_async.cli.signals import run
+from dynacomm_async.cli.tracing import add_own_trace_argument, recorded
 from dynacomm_async.cli.workload import (
     Workload,
     add_run_arguments,
@@ -30,6 +31,7 @@ from dynacomm_async.cli.workload import (
     training_of,
     training_options,
 )
+from dynacomm_async.recording import Recorder
 from dynacomm_async.server import ParameterServer, RunResult, StepRecord
 from dynacomm_async.worker import DEFAULT_PORT, layer_specs
 
@@ -54,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="allow --listen on an address that other machines reach, without authentication",
     )
     parser.add_argument("--run", metavar="ID", help="id of the run (default: random)")
+    add_own_trace_argument(parser)
     add_output_arguments(parser)
     parser.add_argument("--events", action="store_true", help=argparse.SUPPRESS)
 
@@ -70,10 +73,11 @@ def command(args: argparse.Namespace) -> int:
     """Run a server until its run has ended."""
     if args.save is not None:
         check_writable(args.save)
-    settings = settings_of(args, args.strategy)
-    workload = load_workload(settings)
-    steps = steps_of(args, workload)
-    result = run(_serve(args, settings, workload, steps))
+    with recorded(args.trace) as recorder:
+        settings = settings_of(args, args.strategy)
+        workload = load_workload(settings)
+        steps = steps_of(args, workload)
+        result = run(_serve(args, settings, workload, steps, recorder))
     accuracy = workload.accuracy(result.parameters, result.statistics)
     if args.save is not None:
         _save(args.save, workload, result)
@@ -82,7 +86,11 @@ def command(args: argparse.Namespace) -> int:
 
 
 async def _serve(
-    args: argparse.Namespace, settings: dict[str, object], workload: Workload, steps: int
+    args: argparse.Namespace,
+    settings: dict[str, object],
+    workload: Workload,
+    steps: int,
+    recorder: Recorder | None,
 ) -> RunResult:
     progress = Progress("step", steps, log=not args.events)
     before: StepRecord | None = None
@@ -109,6 +117,7 @@ async def _serve(
         listen=parse_address(args.listen, port=DEFAULT_PORT),
         insecure=args.insecure,
         on_step=on_step,
+        recorder=recorder,
     ) as server:
         if args.events:
             emit("listening", address=str(server.address))

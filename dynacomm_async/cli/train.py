@@ -16,11 +16,13 @@ from dynacomm_async.cli.links import Fleet, add_fleet_arguments, fleet_from, sta
 from dynacomm_async.cli.output import Progress, check_writable, decimal, print_json
 from dynacomm_async.cli.serve import add_output_arguments
 from dynacomm_async.cli.signals import run
+from dynacomm_async.cli.tracing import Parts, add_trace_argument, write_trace
 from dynacomm_async.cli.workload import (
     add_run_arguments,
     add_strategy_argument,
     check_run,
 )
+from dynacomm_async.link.process import LinkProcess
 
 __all__ = ["add_arguments", "command", "train_locally"]
 
@@ -37,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="at the end, say where the time of each worker's step went",
     )
+    add_trace_argument(parser)
     add_output_arguments(parser)
 
 
@@ -44,6 +47,8 @@ def command(args: argparse.Namespace) -> int:
     """Train, and print the result."""
     if args.save is not None:
         check_writable(args.save)
+    if args.trace is not None:
+        check_writable(args.trace)
     explained: dict[int, Event] | None = {} if args.explain else None
     result = train_locally(args, args.strategy, fleet_from(args), explained)
     if args.json:
@@ -74,7 +79,8 @@ def train_locally(
     """Start a server, links and workers as processes, wait for the end, return the result.
 
     Args:
-        args: as :func:`dynacomm_async.cli.workload.add_run_arguments` adds them.
+        args: as :func:`dynacomm_async.cli.workload.add_run_arguments` adds them, and ``trace``:
+            where the trace goes, or None.
         strategy: name of the scheduling strategy.
         fleet: what lies between server and workers, and how fast these are.
         explained: filled with what each rank says of its steps, as ``text`` and, without what is
@@ -120,12 +126,14 @@ async def _train(
     async with contextlib.AsyncExitStack() as stack:
         children = await stack.enter_async_context(Children())
         stack.callback(progress.close)
-        options = _serve_options(args, strategy, steps)
+        parts = stack.enter_context(Parts()) if args.trace is not None else None
+        options = [*_serve_options(args, strategy, steps), *_trace_option(parts)]
         await children.start("server", module, "serve", *options, on_event=on_server_event)
         server = parse_address(await children.wait_for(address))
         targets = [server] * args.workers
+        links: list[LinkProcess] = []
         if not fleet.is_local:
-            (links,) = await start_links(stack, fleet.links, [server])
+            (links,) = await start_links(stack, fleet.links, [server], parts)
             targets = [process.address for process in links]
         for number, target in enumerate(targets):
             await children.start(
@@ -137,11 +145,20 @@ async def _train(
                 f"--slowdown={fleet.slowdowns[number]}",
                 "--events",
                 *(["--explain"] if explained is not None else []),
+                *_trace_option(parts),
                 on_event=partial(on_worker_event, number),
             )
         await children.wait_for(result)
         await children.wait_all()
+        if parts is not None:
+            for process in links:
+                await process.stop()
+            write_trace(args.trace, parts.join())
     return result.result()
+
+
+def _trace_option(parts: Parts | None) -> list[str]:
+    return [] if parts is None else [f"--trace={parts.add()}"]
 
 
 def _serve_options(args: argparse.Namespace, strategy: str, steps: int) -> list[str]:

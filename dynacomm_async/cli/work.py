@@ -12,8 +12,10 @@ from typing import Any
 from dynacomm_async.cli.links import slowdown
 from dynacomm_async.cli.output import Progress, emit, say, step_notes
 from dynacomm_async.cli.signals import interruptible
+from dynacomm_async.cli.tracing import add_own_trace_argument, recorded
 from dynacomm_async.cli.workload import Workload, load_workload, number
 from dynacomm_async.observe import describe_plan, explain_worker
+from dynacomm_async.recording import Recorder
 from dynacomm_async.wire.grid import LayerSpec
 from dynacomm_async.worker import Session, bind_engine, layer_specs, train
 
@@ -49,24 +51,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--explain", action="store_true", help="at the end, say where the time of a step went"
     )
+    add_own_trace_argument(parser)
     parser.add_argument("--events", action="store_true", help=argparse.SUPPRESS)
 
 
 def command(args: argparse.Namespace) -> int:
     """Work until the run has ended."""
-    with interruptible():
-        _work(args)
+    with interruptible(), recorded(args.trace) as recorder:
+        _work(args, recorder)
     return 0
 
 
-def _work(args: argparse.Namespace) -> None:
+def _work(args: argparse.Namespace, recorder: Recorder | None) -> None:
     loaded: list[Workload] = []
 
     def layers(settings: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
         loaded.append(load_workload(settings, args.data_dir))
         return layer_specs(loaded[0].network)
 
-    with Session(args.server, layers, run=args.run, retry_s=args.retry) as session:
+    with Session(
+        args.server, layers, run=args.run, retry_s=args.retry, recorder=recorder
+    ) as session:
         (workload,) = loaded
         welcome = session.welcome
         if not args.events:
