@@ -105,8 +105,13 @@ def rerun_isolated() -> int:
         process.wait()
 
 
-def build_network(n_machines: int, bandwidth: str | None) -> list[list[str]]:
-    """Make machines on one switch; return for each what runs a command on it."""
+def build_network(
+    n_machines: int, bandwidth: str | None, server_bandwidth: str | None = None
+) -> list[list[str]]:
+    """Make machines on one switch; return for each what runs a command on it.
+
+    The first is the server's, whose rate may differ from the others'.
+    """
     # Names of namespaces are files in /run/netns; the world outside is not to see them.
     configure("mount -t tmpfs none /run")
     configure("ip link add switch type bridge")
@@ -120,8 +125,9 @@ def build_network(n_machines: int, bandwidth: str | None) -> list[list[str]]:
         configure(f"ip -n {name} address add {NETWORK}.{number}/24 dev eth0")
         configure(f"ip -n {name} link set lo up")
         configure(f"ip -n {name} link set eth0 up")
-        if bandwidth:
-            limit = f"root tbf rate {bandwidth} burst 32kb latency 100ms"
+        rate = server_bandwidth if number == 1 and server_bandwidth else bandwidth
+        if rate:
+            limit = f"root tbf rate {rate} burst 32kb latency 100ms"
             configure(f"tc qdisc add dev port{number} {limit}")  # to the machine
             configure(f"tc -n {name} qdisc add dev eth0 {limit}")  # from it
         machines.append(["ip", "netns", "exec", name])

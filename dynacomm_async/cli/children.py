@@ -126,10 +126,16 @@ class Children:
         await asyncio.gather(*self._watchers, return_exceptions=True)
 
     async def start(
-        self, name: str, module: str, *arguments: str, on_event: Callable[[Event], None]
+        self,
+        name: str,
+        module: str,
+        *arguments: str,
+        on_event: Callable[[Event], None],
+        machine: Sequence[str] = (),
     ) -> Child:
-        """Start ``python -m module arguments``."""
+        """Start ``python -m module arguments``, after ``machine`` if it is to run elsewhere."""
         process = await asyncio.create_subprocess_exec(
+            *machine,
             sys.executable,
             "-m",
             module,

@@ -27,6 +27,7 @@ from dynacomm_async.cli.output import (
 from dynacomm_async.cli.signals import run
 from dynacomm_async.cli.workload import add_run_arguments, check_run, training_options
 from dynacomm_async.errors import ConfigError
+from dynacomm_async.link.process import LinkProcess
 from dynacomm_async.schedule import (
     PLANNERS,
     Costs,
@@ -179,19 +180,27 @@ async def _compare(
     async with contextlib.AsyncExitStack() as stack:
         children = await stack.enter_async_context(Children())
         stack.callback(progress.close)
-        server = await children.start("server", f"{module}server", on_event=on_server_event)
-        server.tell(specification)
+        machines = fleet.machines or ((),) * (1 + n_workers)
+        server = await children.start(
+            "server", f"{module}server", on_event=on_server_event, machine=machines[0]
+        )
+        server.tell({**specification, "host": fleet.host})
         listening = await children.wait_for(addresses)
-        servers = [parse_address(listening[name]) for name in strategies]
-        rows = await start_links(stack, fleet.links, servers)
-        links = dict(zip(strategies, rows, strict=True))
+        links: dict[str, list[LinkProcess]] = {}
+        if not fleet.machines:
+            servers = [parse_address(listening[name]) for name in strategies]
+            rows = await start_links(stack, fleet.links, servers)
+            links = dict(zip(strategies, rows, strict=True))
         for process in range(n_workers):
             worker = await children.start(
-                f"worker {process}", f"{module}worker", on_event=partial(on_worker_event, process)
+                f"worker {process}",
+                f"{module}worker",
+                on_event=partial(on_worker_event, process),
+                machine=machines[1 + process],
             )
-            own = {name: str(links[name][process].address) for name in strategies}
+            behind = {name: str(row[process].address) for name, row in links.items()}
             slowdown = fleet.slowdowns[process]
-            worker.tell({**specification, "addresses": own, "slowdown": slowdown})
+            worker.tell({**specification, "addresses": behind or listening, "slowdown": slowdown})
         await children.wait_all()
         for name, row in links.items():
             found.links[name] = [await each.stop() for each in dict.fromkeys(row)]

@@ -12,6 +12,7 @@ import json
 import sys
 from typing import Any
 
+from dynacomm_async.addresses import Address, is_loopback
 from dynacomm_async.cli.main import run_child
 from dynacomm_async.cli.output import emit
 from dynacomm_async.cli.workload import load_workload, training_of
@@ -45,6 +46,8 @@ async def _serve(specification: dict[str, Any]) -> int:
                     initial_statistics=network.initial_statistics(),
                     settings={**settings, "strategy": strategy},
                     run=f"compare-{strategy}",
+                    listen=Address(specification["host"], 0),
+                    insecure=not is_loopback(specification["host"]),
                 )
             )
         emit("listening", addresses={name: str(server.address) for name, server in servers.items()})

@@ -28,10 +28,16 @@ class Fleet:
     Attributes:
         links: one for each worker; all the same where they share one.
         slowdowns: how many times as long each worker's layers take as they compute.
+        machines: for the server, then for each worker, what to put before a command so that it
+            runs on that machine, such as ``("ip", "netns", "exec", "machine1")``; then nothing is
+            imitated between them. Empty: all is done here, behind ``links``.
+        host: the name of the server's machine on the network; for ``machines``.
     """
 
     links: tuple[LinkSettings, ...]
     slowdowns: tuple[float, ...]
+    machines: tuple[tuple[str, ...], ...] = ()
+    host: str = "127.0.0.1"
 
     @property
     def is_local(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from time import monotonic_ns, sleep
+from time import sleep, thread_time_ns
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +48,7 @@ class _StepHooks:
 
     def before_forward(self, layer: int) -> None:
         self._step.wait(layer)
-        self._mark_ns = monotonic_ns()
+        self._mark_ns = thread_time_ns()
 
     def after_forward(self, layer: int) -> None:
         self._idle()
@@ -58,17 +58,20 @@ class _StepHooks:
 
     def before_backward(self, layer: int) -> None:
         """Nothing to wait for: this step's parameters prove that the last gradients have left."""
-        self._mark_ns = monotonic_ns()
+        self._mark_ns = thread_time_ns()
 
     def after_backward(self, layer: int) -> None:
         self._idle()
         self._step.gradient_ready(layer)
 
     def _idle(self) -> None:
-        """Let the layer take as long as on a slower device, without using the processor."""
+        """Let the layer take as long as on a slower device, without using the processor.
+
+        What this thread has computed counts, not what others kept it from computing: that is this
+        machine's trouble and would be multiplied.
+        """
         if self._slowdown > 1:
-            now_ns = monotonic_ns()
-            sleep((self._slowdown - 1) * (now_ns - self._mark_ns) / 1e9)
+            sleep((self._slowdown - 1) * (thread_time_ns() - self._mark_ns) / 1e9)
 
 
 def layer_specs(network: Network) -> tuple[LayerSpec, ...]:
