@@ -154,16 +154,16 @@ def explain_plan(expectation: Expectation) -> str:
             cells[half : len(cells) - half + 1] = [[left_out, "", "", "", "", ""]]
         rows += cells
     header = ["Message", "layers", "size", "begins", "has left", "arrives"]
-    return "\n".join(
-        [
-            f"Plan in use: {describe_plan(plan)}",
-            *([f"{plan.strategy}: {_STRATEGIES[plan.strategy]}"] * (plan.strategy in _STRATEGIES)),
-            _table(header, rows, left=2),
-            "begins, has left, arrives: predicted, from the begin of the step's first pull; the "
-            f"forward\npass ends at {_ms(timeline.forward_ns)}, the backward pass at "
-            f"{_ms(timeline.computations[-1].end_ns)}",
-        ]
-    )
+    lines = [f"Plan in use: {describe_plan(plan)}"]
+    if plan.strategy in _STRATEGIES:
+        lines.append(f"{plan.strategy}: {_STRATEGIES[plan.strategy]}")
+    lines += [
+        _table(header, rows, left=2),
+        "begins, has left, arrives: predicted, from the begin of the step's first pull; the "
+        f"forward\npass ends at {_ms(timeline.forward_ns)}, the backward pass at "
+        f"{_ms(timeline.computations[-1].end_ns)}",
+    ]
+    return "\n".join(lines)
 
 
 def explain_steps(summary: Summary | None, expectation: Expectation, *, slot: int) -> str:
@@ -246,16 +246,17 @@ def _bound_lines(bound: LowerBound, summary: Summary | None = None) -> list[str]
 
 def _hidden_lines(summary: Summary, busy_ns: int) -> list[str]:
     idle_ns = summary.step_ns - summary.compute_ns
-    lines = [
-        f"{1 - idle_ns / busy_ns:.0%} of the {_ms(busy_ns)} that messages occupy the links, both "
-        "directions together:"
-    ]
+    line = f"{1 - idle_ns / busy_ns:.0%}: messages occupy the links {_ms(busy_ns)} a step"
     if idle_ns <= busy_ns:
-        return [*lines, f"the step is only {_ms(idle_ns)} longer than its computing"]
+        return [
+            f"{line}, both directions together;",
+            f"{_ms(busy_ns - idle_ns)} of that cost no time: the step is {_ms(idle_ns)} longer "
+            "than its computing",
+        ]
     return [
-        *lines,
-        f"the step is {_ms(idle_ns)} longer than its computing, so nothing is hidden on balance;",
-        "latency and waiting for others add to what the messages take",
+        f"{line}, both directions together, but",
+        f"the step is {_ms(idle_ns)} longer than its computing: latency and other waits cost more "
+        "than overlap saves",
     ]
 
 
