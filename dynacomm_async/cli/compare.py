@@ -13,6 +13,7 @@ from typing import Any
 
 from dynacomm_async.addresses import parse_address
 from dynacomm_async.cli.children import Children, Event
+from dynacomm_async.cli.compare_plot import MeasuredSteps, plot_comparison
 from dynacomm_async.cli.compare_worker import LEAST_STEPS
 from dynacomm_async.cli.links import Fleet, add_fleet_arguments, fleet_from, start_links
 from dynacomm_async.cli.output import (
@@ -25,9 +26,12 @@ from dynacomm_async.cli.output import (
     to_json,
 )
 from dynacomm_async.cli.signals import run
+from dynacomm_async.cli.tracing import Parts, add_trace_argument, write_trace
 from dynacomm_async.cli.workload import add_run_arguments, check_run, training_options
 from dynacomm_async.errors import ConfigError
 from dynacomm_async.link.process import LinkProcess
+from dynacomm_async.observe import check_plotting
+from dynacomm_async.observe.joining import Joined
 from dynacomm_async.schedule import (
     PLANNERS,
     Costs,
@@ -53,12 +57,16 @@ class Comparison:
         plans: by name, for each worker process its list of ``[first step, plan]``.
         links: by name, the counters of each worker process's link, in the same order; where the
             link is shared, those of that one link.
+        measured: by name, which steps of the first worker process counted.
+        joined: everything that was recorded, if that was asked for.
     """
 
     costs: dict[str, Any] = field(default_factory=dict)
     strategies: dict[str, dict[str, Any]] = field(default_factory=dict)
     plans: dict[str, list[list[Any]]] = field(default_factory=dict)
     links: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    measured: dict[str, MeasuredSteps] = field(default_factory=dict)
+    joined: Joined | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the command's JSON output."""
@@ -79,13 +87,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--save-costs", type=Path, metavar="FILE", help="write the measured cost table here"
     )
+    add_trace_argument(parser)
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE.png",
+        help="draw one step of each strategy, predicted above measured",
+    )
     parser.add_argument("--json", action="store_true", help="print as JSON")
 
 
 def command(args: argparse.Namespace) -> int:
     """Compare, and print what was found."""
     strategies = parse_strategies(args.strategies)
-    found = compare(args, strategies, fleet_from(args), costs_file=args.save_costs)
+    fleet = fleet_from(args)
+    if args.plot is not None:
+        check_plotting()
+    for path in (args.trace, args.plot):
+        if path is not None:
+            check_writable(path)
+    record = args.trace is not None or args.plot is not None
+    found = compare(args, strategies, fleet, costs_file=args.save_costs, record=record)
+    if found.joined is not None:
+        if args.trace is not None:
+            write_trace(args.trace, found.joined)
+        if args.plot is not None:
+            plot_comparison(args, found.costs, found.measured, found.joined)
     if args.json:
         print_json(found.to_json())
     else:
@@ -113,11 +140,13 @@ def compare(
     fleet: Fleet,
     *,
     costs_file: Path | None = None,
+    record: bool = False,
 ) -> Comparison:
     """Run every strategy in interleaved blocks; see :mod:`dynacomm_async.cli.compare_worker`.
 
     Args:
         costs_file: where the cost table is saved, before the measured blocks begin.
+        record: whether all processes record what they do.
 
     Raises:
         DynaCommError: a setting is wrong, or a process failed.
@@ -133,11 +162,11 @@ def compare(
         "steps": steps,
         "strategies": list(strategies),
     }
-    return run(_compare(specification, fleet, costs_file))
+    return run(_compare(specification, fleet, costs_file, record))
 
 
 async def _compare(
-    specification: Mapping[str, Any], fleet: Fleet, costs_file: Path | None
+    specification: Mapping[str, Any], fleet: Fleet, costs_file: Path | None, record: bool
 ) -> Comparison:
     steps, strategies = specification["steps"], specification["strategies"]
     n_workers = specification["settings"]["workers"]
@@ -164,6 +193,7 @@ async def _compare(
             if process == 0:
                 entry = found.strategies.setdefault(event["strategy"], {})
                 entry.update(_judge(event, found.costs))
+                found.measured[event["strategy"]] = MeasuredSteps(event["rank"], event["counted"])
         elif event["event"] == "progress" and process == 0:
             progress.update(event["done"])
 
@@ -180,16 +210,17 @@ async def _compare(
     async with contextlib.AsyncExitStack() as stack:
         children = await stack.enter_async_context(Children())
         stack.callback(progress.close)
+        parts = stack.enter_context(Parts()) if record else None
         machines = fleet.machines or ((),) * (1 + n_workers)
         server = await children.start(
             "server", f"{module}server", on_event=on_server_event, machine=machines[0]
         )
-        server.tell({**specification, "host": fleet.host})
+        server.tell({**specification, "host": fleet.host, "trace": _part(parts)})
         listening = await children.wait_for(addresses)
         links: dict[str, list[LinkProcess]] = {}
         if not fleet.machines:
             servers = [parse_address(listening[name]) for name in strategies]
-            rows = await start_links(stack, fleet.links, servers)
+            rows = await start_links(stack, fleet.links, servers, parts)
             links = dict(zip(strategies, rows, strict=True))
         for process in range(n_workers):
             worker = await children.start(
@@ -200,12 +231,19 @@ async def _compare(
             )
             behind = {name: str(row[process].address) for name, row in links.items()}
             slowdown = fleet.slowdowns[process]
-            worker.tell({**specification, "addresses": behind or listening, "slowdown": slowdown})
+            own = {"addresses": behind or listening, "slowdown": slowdown, "trace": _part(parts)}
+            worker.tell({**specification, **own})
         await children.wait_all()
         for name, row in links.items():
             found.links[name] = [await each.stop() for each in dict.fromkeys(row)]
+        if parts is not None:
+            found.joined = parts.join()
     found.strategies = {name: _ordered(found.strategies[name]) for name in strategies}
     return found
+
+
+def _part(parts: Parts | None) -> str | None:
+    return None if parts is None else str(parts.add())
 
 
 def _judge(event: Event, table_json: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 from dynacomm_async.addresses import Address, is_loopback
 from dynacomm_async.cli.main import run_child
 from dynacomm_async.cli.output import emit
+from dynacomm_async.cli.tracing import label_recorders
 from dynacomm_async.cli.workload import load_workload, training_of
 from dynacomm_async.server import ParameterServer
 from dynacomm_async.transport import run
@@ -35,6 +36,7 @@ async def _serve(specification: dict[str, Any]) -> int:
     network = workload.network
     async with contextlib.AsyncExitStack() as stack:
         servers = {}
+        recorders = stack.enter_context(label_recorders(specification))
         for strategy in specification["strategies"]:
             servers[strategy] = await stack.enter_async_context(
                 ParameterServer(
@@ -48,6 +50,7 @@ async def _serve(specification: dict[str, Any]) -> int:
                     run=f"compare-{strategy}",
                     listen=Address(specification["host"], 0),
                     insecure=not is_loopback(specification["host"]),
+                    recorder=recorders.get(strategy),
                 )
             )
         emit("listening", addresses={name: str(server.address) for name, server in servers.items()})

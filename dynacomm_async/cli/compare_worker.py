@@ -23,6 +23,7 @@ from typing import Any
 
 from dynacomm_async.cli.main import run_child
 from dynacomm_async.cli.output import emit
+from dynacomm_async.cli.tracing import label_recorders
 from dynacomm_async.cli.workload import Workload, load_workload
 from dynacomm_async.schedule import Costs, Estimator, make_plan
 from dynacomm_async.transport import LoopThread
@@ -55,6 +56,8 @@ class _Runner:
     strategy: str
     plans: FixedPlan
     steps: Iterator[TrainedStep]
+    rank: int
+    counted: list[int] = field(default_factory=list)
     step_s: list[float] = field(default_factory=list)
     compute_s: list[float] = field(default_factory=list)
 
@@ -69,6 +72,7 @@ class _Runner:
             return
         for step, after in pairwise(block[1:]):
             if self.plans.plan_of(step.index) == self.plans.fixed:
+                self.counted.append(step.index)
                 self.step_s.append((after.started_ns - step.started_ns) / 1e9)
                 self.compute_s.append(step.compute_ns / 1e9)
 
@@ -85,6 +89,7 @@ def _work(specification: Mapping[str, Any]) -> int:
     specs = layer_specs(workload.network)
     estimator = Estimator([(spec.name, 4 * spec.count) for spec in specs])
     with contextlib.ExitStack() as stack:
+        recorders = stack.enter_context(label_recorders(specification))
         io = stack.enter_context(LoopThread())
         sessions = {
             strategy: stack.enter_context(
@@ -95,6 +100,7 @@ def _work(specification: Mapping[str, Any]) -> int:
                     plans=_make_plans,
                     estimator=estimator,
                     io=io,
+                    recorder=recorders.get(strategy),
                 )
             )
             for strategy, address in specification["addresses"].items()
@@ -145,7 +151,7 @@ def _runner(strategy: str, session: Session, workload: Workload, slowdown: float
     steps = train(session, engine, lambda step: workload.batch(slot, step), slowdown=slowdown)
     plans = session.plans
     assert isinstance(plans, FixedPlan)
-    return _Runner(strategy, plans, steps)
+    return _Runner(strategy, plans, steps, slot)
 
 
 def _split(n_steps: int, n_blocks: int) -> list[int]:
@@ -166,6 +172,8 @@ def _interval(values: Sequence[float]) -> list[float]:
 def _summary(runner: _Runner) -> dict[str, Any]:
     return {
         "strategy": runner.strategy,
+        "rank": runner.rank,
+        "counted": runner.counted,
         "step_s": statistics.median(runner.step_s),
         "interval_s": _interval(runner.step_s),
         "compute_s": statistics.median(runner.compute_s),

@@ -8,7 +8,8 @@ from typing import Any
 
 from dynacomm_async.cli.compare import Comparison, compare, print_comparison
 from dynacomm_async.cli.links import add_fleet_arguments, fleet_from
-from dynacomm_async.cli.output import print_json, say, to_json
+from dynacomm_async.cli.output import check_writable, print_json, say, to_json
+from dynacomm_async.cli.tracing import add_trace_argument
 from dynacomm_async.cli.train import train_locally
 from dynacomm_async.cli.workload import add_run_arguments, check_run
 from dynacomm_async.errors import ConfigError
@@ -40,12 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where the files go (default: %(default)s)",
     )
+    add_trace_argument(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def command(args: argparse.Namespace) -> int:
     """Compare all strategies on a slow link, then train to the end under the best."""
     fleet = fleet_from(args)
+    if args.trace is not None:
+        check_writable(args.trace)
     check_run(args, "dynacomm")
     try:
         args.output.mkdir(parents=True, exist_ok=True)

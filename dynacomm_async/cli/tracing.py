@@ -6,16 +6,24 @@ import argparse
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from dynacomm_async.cli.output import check_writable
 from dynacomm_async.observe.joining import Joined, join_recordings
 from dynacomm_async.observe.trace import trace_of
 from dynacomm_async.recording import Recorder, read_recordings, write_recordings
 
-__all__ = ["Parts", "add_own_trace_argument", "add_trace_argument", "recorded", "write_trace"]
+__all__ = [
+    "Parts",
+    "add_own_trace_argument",
+    "add_trace_argument",
+    "label_recorders",
+    "recorded",
+    "write_trace",
+]
 
 
 def add_trace_argument(parser: argparse.ArgumentParser) -> None:
@@ -79,6 +87,22 @@ def write_trace(path: Path, joined: Joined) -> None:
         OSError: the file cannot be written.
     """
     path.write_text(json.dumps(trace_of(joined), separators=(",", ":")) + "\n")
+
+
+@contextlib.contextmanager
+def label_recorders(specification: Mapping[str, Any]) -> Iterator[Mapping[str, Recorder]]:
+    """Give a recorder for each strategy of a comparison; none unless its ``trace`` says where to.
+
+    What was recorded is written there at the end of the block.
+    """
+    if specification["trace"] is None:
+        yield {}
+        return
+    recorders = {name: Recorder(label=name) for name in specification["strategies"]}
+    yield recorders
+    write_recordings(
+        Path(specification["trace"]), [recorder.recording() for recorder in recorders.values()]
+    )
 
 
 @contextlib.contextmanager

@@ -13,18 +13,34 @@ from dynacomm_async.schedule import Timeline
 
 __all__ = ["TimelineEntry", "plot_timelines"]
 
-_LANES = {
+_LANES = {"pull": ("pull",), "compute": ("forward", "backward"), "push": ("push",)}
+"""From top to bottom, and what is in each."""
+
+_SHADES = {
     "pull": ("#0072B2", "#7FB8DA"),
     "forward": ("#009E73", "#7FCEB9"),
     "backward": ("#D55E00", "#EEB07F"),
     "push": ("#8F4A78", "#CC9DBE"),
 }
-"""From top to bottom; neighbours in a lane get its two shades in turns."""
+"""Neighbours of one kind get its two shades in turns."""
 
-_WAITING = "#E4E4E4"
-_WIDTH = 8.2
-_BAR = 0.84
-_CHARACTERS = 125
+_MEANINGS = {
+    "pull": "pull parameters",
+    "forward": "compute forward",
+    "backward": "compute backward",
+    "push": "push gradients",
+}
+_WAITING = "#DDDDDD"
+_WAITING_MEANS = "processor waits"
+_REST, _REST_EDGE = "#F4F0E4", "#B8AE90"
+_REST_MEANS = "latency, server, other workers"
+_WIDTH = 9.0
+_LANE_HEIGHT = 0.185
+_BAR = 0.86
+_GAP = 0.45
+"""Between the lanes of the predicted and of the measured step, in lanes."""
+
+_CHARACTERS = 130
 """How many characters of the labels in the bars fit side by side."""
 
 
@@ -42,6 +58,12 @@ class TimelineEntry:
     predicted: Timeline
     measured: Timeline | None = None
 
+    @property
+    def rows(self) -> dict[str, Timeline]:
+        """The timelines by what they are, from top to bottom."""
+        rows = {"predicted": self.predicted}
+        return rows if self.measured is None else {**rows, "measured": self.measured}
+
 
 @dataclass(frozen=True, slots=True)
 class _Bar:
@@ -52,62 +74,141 @@ class _Bar:
     label: str
 
 
-def plot_timelines(entries: Sequence[TimelineEntry], path: Path) -> None:
+def plot_timelines(
+    entries: Sequence[TimelineEntry], path: Path, *, title: str | None = None
+) -> None:
     """Draw one step for each entry on one common time axis, and save the picture.
 
-    Four lanes each: pull, forward, backward, push. In a lane neighbouring segments or layers have
-    different shades; wide bars carry the numbers of their layers. Where the processor waits the
-    background is grey.
+    Three lanes each: pull, compute, push. Neighbouring segments or layers have different shades;
+    wide bars carry the numbers of their layers. Grey in the compute lane: the processor waits.
+    Behind the last push lies what ends the step: latency, the server's update, other workers.
+
+    Args:
+        title: of the whole picture, such as the model and the link.
 
     Raises:
         ConfigError: no entries, matplotlib is missing, or a format that it does not know.
     """
     if not entries:
         raise ConfigError("there are no timelines to draw, expected at least one")
-    panels: list[tuple[str, Timeline]] = []
-    for entry in entries:
-        both = entry.measured is not None
-        panels.append((f"{entry.name}, predicted" if both else entry.name, entry.predicted))
-        if entry.measured is not None:
-            panels.append((f"{entry.name}, measured", entry.measured))
-    canvas = Canvas(_WIDTH, 0.75 + 1.22 * len(panels), rows=len(panels), sharex=True)
-    longest_ns = max(timeline.step_ns for _, timeline in panels) or 1
-    for (title, timeline), (axes,) in zip(panels, canvas.axes, strict=True):
-        _draw_panel(axes, title, timeline, longest_ns)
+    lanes = [_n_lanes(entry) for entry in entries]
+    canvas = Canvas(
+        _WIDTH,
+        1.05 + (0.25 if title else 0) + sum(0.34 + _LANE_HEIGHT * n for n in lanes),
+        rows=len(entries),
+        sharex=True,
+        height_ratios=lanes,
+    )
+    longest_ns = max(step.step_ns for entry in entries for step in entry.rows.values()) or 1
+    for entry, (axes,) in zip(entries, canvas.axes, strict=True):
+        _draw_entry(axes, entry, longest_ns)
     last = canvas.axes[-1][0]
     last.tick_params(axis="x", bottom=True, labelbottom=True)
     last.set_xlabel(
-        "ms since the first pull began; numbers: layers, from 0; grey: the processor waits",
+        "milliseconds since the step's first pull began; numbers in bars: layers, from 0",
         fontsize=9,
     )
+    _add_legend(canvas)
+    if title:
+        canvas.figure.suptitle(title, fontsize=10.5, x=0.012, ha="left")
     canvas.save(path)
 
 
-def _draw_panel(axes: Any, title: str, timeline: Timeline, longest_ns: int) -> None:
-    step_ms = timeline.step_ns / 1e6
-    axes.set_title(
-        f"{title}: {step_ms:,.4g} ms a step, {_hidden(timeline)}",
-        loc="left",
-        fontsize=10,
-        fontweight="bold",
-        pad=3,
+def _n_lanes(entry: TimelineEntry) -> float:
+    return len(_LANES) * len(entry.rows) + _GAP * (len(entry.rows) - 1)
+
+
+def _add_legend(canvas: Canvas) -> None:
+    from matplotlib.patches import Patch
+
+    patches = [Patch(color=_SHADES[kind][0], label=text) for kind, text in _MEANINGS.items()]
+    patches.insert(3, Patch(color=_WAITING, label=_WAITING_MEANS))
+    patches.append(Patch(label=_REST_MEANS, facecolor=_REST, edgecolor=_REST_EDGE, hatch="////"))
+    canvas.figure.legend(
+        handles=patches,
+        loc="outside lower left",
+        ncols=3,
+        fontsize=8.5,
+        frameon=False,
+        handlelength=1.4,
+        columnspacing=1.6,
     )
-    for start_ns, end_ns in _pauses(timeline):
-        axes.axvspan(start_ns / 1e6, end_ns / 1e6, color=_WAITING, linewidth=0, zorder=0)
-    for lane, (name, shades) in enumerate(_LANES.items()):
-        _draw_lane(axes, lane, _bars(timeline, name), shades, longest_ns)
-    axes.axvline(step_ms, color="black", linewidth=1.2)
-    axes.set_xlim(0, 1.01 * longest_ns / 1e6)
-    axes.set_ylim(len(_LANES) - 0.5, -0.5)
-    axes.set_yticks(range(len(_LANES)), list(_LANES), fontsize=9)
-    axes.tick_params(axis="y", length=0)
+
+
+def _draw_entry(axes: Any, entry: TimelineEntry, longest_ns: int) -> None:
+    axes.set_title(_headline(entry), loc="left", fontsize=9.5, fontweight="bold", pad=3)
+    ticks: list[float] = []
+    top = 0.0
+    for name, timeline in entry.rows.items():
+        _draw_step(axes, top, timeline, longest_ns)
+        ticks += [top + lane for lane in range(len(_LANES))]
+        if entry.measured is not None:
+            axes.text(
+                -0.075,
+                top + 1,
+                name,
+                transform=axes.get_yaxis_transform(),
+                rotation=90,
+                ha="center",
+                va="center",
+                fontsize=7.5,
+            )
+        top += len(_LANES) + _GAP
+    axes.set_xlim(0, 1.09 * longest_ns / 1e6)
+    axes.set_ylim(top - _GAP - 0.5, -0.5)
+    axes.set_yticks(ticks, list(_LANES) * len(entry.rows), fontsize=7.5)
+    axes.tick_params(axis="y", length=0, pad=2)
     axes.tick_params(axis="x", labelsize=9, bottom=False)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color("#BBBBBB")
 
 
-def _draw_lane(
-    axes: Any, lane: int, bars: Sequence[_Bar], shades: tuple[str, str], longest_ns: int
+def _headline(entry: TimelineEntry) -> str:
+    predicted, measured = entry.predicted, entry.measured
+    if measured is None:
+        return f"{entry.name}: {_ms(predicted)} ms a step, {_hidden(predicted)}"
+    apart = measured.step_ns / predicted.step_ns - 1 if predicted.step_ns else 0.0
+    sign = "+" if apart >= 0 else "\N{MINUS SIGN}"
+    return (
+        f"{entry.name}: predicted {_ms(predicted)} ms, measured {_ms(measured)} ms "
+        f"({sign}{abs(apart):.1%}), {_hidden(measured)}"
+    )
+
+
+def _draw_step(axes: Any, top: float, timeline: Timeline, longest_ns: int) -> None:
+    for lane, kinds in enumerate(_LANES.values()):
+        for kind in kinds:
+            _draw_bars(axes, top + lane, _bars(timeline, kind), _SHADES[kind], longest_ns)
+    lanes = list(_LANES)
+    pauses = [(start / 1e6, (end - start) / 1e6) for start, end in _pauses(timeline)]
+    axes.broken_barh(
+        pauses, (top + lanes.index("compute") - _BAR / 2, _BAR), facecolors=_WAITING, linewidth=0
+    )
+    last_ns = max((transfer.end_ns for transfer in timeline.transfers), default=0)
+    if timeline.step_ns > last_ns:
+        axes.broken_barh(
+            [(last_ns / 1e6, (timeline.step_ns - last_ns) / 1e6)],
+            (top + lanes.index("push") - _BAR / 2, _BAR),
+            facecolors=_REST,
+            edgecolors=_REST_EDGE,
+            hatch="////",
+            linewidth=0.5,
+        )
+    step_ms = timeline.step_ns / 1e6
+    axes.vlines(step_ms, top - 0.5, top + len(_LANES) - 0.5, color="black", linewidth=1.3)
+    axes.text(
+        step_ms + 0.006 * longest_ns / 1e6,
+        top + 1,
+        f"{_ms(timeline)} ms",
+        ha="left",
+        va="center_baseline",
+        fontsize=8,
+    )
+
+
+def _draw_bars(
+    axes: Any, lane: float, bars: Sequence[_Bar], shades: tuple[str, str], longest_ns: int
 ) -> None:
     axes.broken_barh(
         [(bar.start_ns / 1e6, (bar.end_ns - bar.start_ns) / 1e6) for bar in bars],
@@ -129,16 +230,16 @@ def _draw_lane(
             )
 
 
-def _bars(timeline: Timeline, lane: str) -> list[_Bar]:
-    """What keeps a lane busy, in order, without what takes no time."""
+def _bars(timeline: Timeline, kind: str) -> list[_Bar]:
+    """What of a kind keeps its lane busy, in order, without what takes no time."""
     bars = [
         _Bar(transfer.start_ns, transfer.end_ns, _name_layers(transfer.segment.layers))
         for transfer in timeline.transfers
-        if transfer.direction == lane
+        if transfer.direction == kind
     ] + [
         _Bar(work.start_ns, work.end_ns, str(work.layer))
         for work in timeline.computations
-        if work.phase == lane
+        if work.phase == kind
     ]
     return [bar for bar in bars if bar.end_ns > bar.start_ns]
 
@@ -156,6 +257,10 @@ def _pauses(timeline: Timeline) -> Iterable[tuple[int, int]]:
         done_ns = max(done_ns, work.end_ns)
     if timeline.step_ns > done_ns:
         yield done_ns, timeline.step_ns
+
+
+def _ms(timeline: Timeline) -> str:
+    return f"{timeline.step_ns / 1e6:,.4g}"
 
 
 def _hidden(timeline: Timeline) -> str:

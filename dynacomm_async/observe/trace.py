@@ -247,10 +247,9 @@ class _Builder:
         """Return arrows along each message; they touch each span while it lasts."""
         events = []
         for number, spans in enumerate(self._arrows, 1):
-            at = 0
-            points = []
+            points: list[tuple[_Span, int]] = []
             for span in spans:
-                at = max(at, span.start)
+                at = max(span.start, points[-1][1] + 1 if points else 0)
                 if at < span.end:
                     points.append((span, at))
             for index, (span, time) in enumerate(points if len(points) > 1 else ()):
