@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from math import log
+from statistics import median
+from typing import NamedTuple
 
 from dynacomm_async.errors import PlanError
 from dynacomm_async.schedule.costs import Costs, LayerCosts
-from dynacomm_async.schedule.linkfit import LinkFit, Observation, fit_link
+from dynacomm_async.schedule.linkfit import LinkFit, Observation, Prior, fit_link
 
 __all__ = ["Estimator", "LayerTimes", "LinkEstimator"]
 
@@ -30,6 +33,29 @@ where the rate has changed since."""
 
 _LEAST_NBYTES = 4096
 """Fewer bytes than this, timed inside one message, arrive with one read: they tell no rate."""
+
+_STALE_SHARE = 8
+"""A fit is repeated when the window has gained an eighth: less would hardly move it."""
+
+_SETTLED = 32
+"""A fit of so many observations may begin from the one before instead of from nothing."""
+
+_SUDDEN, _GRADUAL = 5, 12
+"""Observations in a row that make a large change of rate, and a small one. One of them, which the
+change may have cut, may be wrong."""
+
+_LEAST_SUDDEN, _LEAST_GRADUAL = 0.08, 0.04
+_NOISE_PER_SUDDEN, _NOISE_PER_GRADUAL = 2.5, 1.0
+"""A rate has changed if it is off by so much, and by so many of the observations' own errors."""
+
+_MOST_NOISE = 0.25
+"""An observation that is less exact than this, relative to its transfer, tells no rate."""
+
+_ALIKE = 0.15
+"""Signs of one new rate differ by no more than this, or twice their noise; outliers do."""
+
+_KEPT_ERROR, _KEPT_ERROR_NS = 0.05, 50_000.0
+"""How exact an overhead is at least taken to remain when the rate has changed."""
 
 
 class LayerTimes:
@@ -80,13 +106,23 @@ class LinkEstimator:
     Times are taken by the receiver. A message that came back to back with the one before it counts
     from the end of that one and so tells its overhead; of any other only the bytes after its first
     piece can be timed.
+
+    A window of observations follows a rate that drifts. One that jumps is noticed from five
+    observations in a row that are all off in the same direction and agree on the new rate: then
+    all older ones are forgotten, but for the overhead, which is kept as it was estimated until new
+    observations tell it better.
     """
 
     def __init__(self) -> None:
-        self._count = 0
+        self._count = 0  # of observations; those kept at a change count once more
         # By kind, 0 or 1 overhead in the time; each with its number among all observations.
         self._kinds = tuple(deque[tuple[int, Observation]](maxlen=_MESSAGES) for _ in range(2))
-        self._fit: LinkFit | None = None
+        self._prior: Prior | None = None
+        self._fit = fit_link(())
+        self._n_fresh = 0  # observations since the fit
+        self._signs: deque[_Sign] = deque(maxlen=_GRADUAL)
+        self._changes = 0
+        self._n_observed = 0
 
     @property
     def known(self) -> bool:
@@ -104,9 +140,19 @@ class LinkEstimator:
         return self._result().ns_per_byte
 
     @property
+    def rate_error(self) -> float:
+        """Standard error of the rate as a share of it; infinite while nothing tells it."""
+        return self._result().rate_error
+
+    @property
     def n_observed(self) -> int:
         """How many observations there have been."""
-        return self._count
+        return self._n_observed
+
+    @property
+    def changes(self) -> int:
+        """How many jumps of the rate have been noticed."""
+        return self._changes
 
     def observe(self, nbytes: int, elapsed_ns: int, messages: int) -> None:
         """Add one observation; the last 64 count, and always 16 with and 16 without an overhead.
@@ -126,16 +172,53 @@ class LinkEstimator:
                 "expected no negative number and 0 or 1 overhead"
             )
         if messages or nbytes >= _LEAST_NBYTES:
+            self._n_observed += 1
             observation = Observation(messages, nbytes, elapsed_ns)
-            self._kinds[messages].append((self._count, observation))
-            self._count += 1
-            self._fit = None
+            self._add(observation)
+            self._look_for_change(observation)
+
+    def _add(self, observation: Observation) -> None:
+        self._kinds[observation.messages].append((self._count, observation))
+        self._count += 1
+        self._n_fresh += 1
+
+    def _look_for_change(self, observation: Observation) -> None:
+        # Judged by what was known before: a fit that has the first of the new times in its window
+        # would find them less strange.
+        fit = self._result() if self._n_fresh > _KEPT else self._fit
+        sign = _read_sign(observation, fit) if fit.known else None
+        if sign is None:
+            return
+        self._signs.append(sign)
+        news = _find_change(list(self._signs))
+        if news:
+            self._start_over(fit, [sign.observation for sign in news])
+
+    def _start_over(self, fit: LinkFit, observations: Sequence[Observation]) -> None:
+        self._changes += 1
+        self._signs.clear()
+        if fit.overhead_error_ns <= max(fit.overhead_ns, _KEPT_ERROR_NS):
+            least_ns = max(_KEPT_ERROR * fit.overhead_ns, _KEPT_ERROR_NS)
+            self._prior = Prior(fit.overhead_ns, max(fit.overhead_error_ns, least_ns))
+        else:
+            self._prior = None
+        for kind in self._kinds:
+            kind.clear()
+        for observation in observations:
+            self._add(observation)
+        self._refit()
 
     def _result(self) -> LinkFit:
-        fit = self._fit
-        if fit is None:
-            fit = self._fit = fit_link(self._list_window())
-        return fit
+        n_observations = sum(map(len, self._kinds))
+        if self._n_fresh * _STALE_SHARE >= min(n_observations, _MESSAGES) and self._n_fresh:
+            self._refit()
+        return self._fit
+
+    def _refit(self) -> None:
+        window = self._list_window()
+        start = self._fit if self._fit.known and len(window) > _SETTLED else None
+        self._fit = fit_link(window, self._prior, start)
+        self._n_fresh = 0
 
     def _list_window(self) -> list[Observation]:
         oldest = self._count - _MESSAGES
@@ -145,6 +228,63 @@ class LinkEstimator:
             for age, (number, observation) in enumerate(reversed(kind))
             if number >= oldest or age < _KEPT
         ]
+
+
+class _Sign(NamedTuple):
+    """What one observation says of the rate.
+
+    Attributes:
+        observation: itself.
+        change: logarithm of its time of a byte over the estimated one: above 0 is slower.
+        noise: the expected error of that.
+    """
+
+    observation: Observation
+    change: float
+    noise: float
+
+
+def _read_sign(observation: Observation, fit: LinkFit) -> _Sign | None:
+    """Return what an observation says of the rate; None: too little."""
+    messages, nbytes, elapsed_ns = observation
+    overhead_ns = messages * fit.overhead_ns
+    expected_ns = nbytes * fit.ns_per_byte
+    measured_ns = max(elapsed_ns - overhead_ns, fit.jitter_ns)
+    # If the rate is another, the noise is that of the shorter time or less certain.
+    least_ns = min(expected_ns, measured_ns)
+    noise_ns = fit.error_ns(messages, overhead_ns + least_ns)
+    if noise_ns > _MOST_NOISE * least_ns:
+        return None
+    return _Sign(observation, log(measured_ns / expected_ns), noise_ns / least_ns)
+
+
+def _find_change(signs: Sequence[_Sign]) -> list[_Sign]:
+    """Return the newest signs that tell of a new rate; none where it is the old one."""
+    sudden = signs[-_SUDDEN:]
+    if len(sudden) == _SUDDEN:
+        slower = sudden[-1].change > 0
+        if all(
+            (sign.change > 0) == slower
+            and abs(sign.change) >= max(_LEAST_SUDDEN, _NOISE_PER_SUDDEN * sign.noise)
+            for sign in sudden
+        ):
+            return _list_alike(sudden)
+    if len(signs) == _GRADUAL:
+        change = median(sign.change for sign in signs)
+        noise = median(sign.noise for sign in signs)
+        n_beyond = sum((sign.change > 0) == (change > 0) for sign in signs)
+        if n_beyond >= _GRADUAL - 1 and (
+            abs(change) >= max(_LEAST_GRADUAL, _NOISE_PER_GRADUAL * noise)
+        ):
+            return _list_alike(signs)
+    return []
+
+
+def _list_alike(signs: Sequence[_Sign]) -> list[_Sign]:
+    """Return the signs that agree with each other; none if more than one does not."""
+    middle = median(sign.change for sign in signs)
+    alike = [sign for sign in signs if abs(sign.change - middle) <= max(_ALIKE, 2 * sign.noise)]
+    return alike if len(alike) >= len(signs) - 1 else []
 
 
 class Estimator:
