@@ -37,8 +37,8 @@ _LEAST_NBYTES = 4096
 _STALE_SHARE = 8
 """A fit is repeated when the window has gained an eighth: less would hardly move it."""
 
-_SETTLED = 32
-"""A fit of so many observations may begin from the one before instead of from nothing."""
+_SETTLED, _SETTLED_ERROR = 32, 0.01
+"""A fit of so many observations may begin from one that was so exact instead of from nothing."""
 
 _SUDDEN, _GRADUAL = 5, 12
 """Observations in a row that make a large change of rate, and a small one. One of them, which the
@@ -216,7 +216,8 @@ class LinkEstimator:
 
     def _refit(self) -> None:
         window = self._list_window()
-        start = self._fit if self._fit.known and len(window) > _SETTLED else None
+        settled = len(window) >= _SETTLED and self._fit.rate_error <= _SETTLED_ERROR
+        start = self._fit if settled else None
         self._fit = fit_link(window, self._prior, start)
         self._n_fresh = 0
 
