@@ -33,6 +33,12 @@ if TYPE_CHECKING:
         Cosine as Cosine,
         StepDecay as StepDecay,
     )
+    from dynacomm_async.recording import (
+        Recorder as Recorder,
+        Recording as Recording,
+        read_recordings as read_recordings,
+        write_recordings as write_recordings,
+    )
     from dynacomm_async.schedule import (
         PLANNERS as PLANNERS,
         Costs as Costs,
@@ -81,6 +87,7 @@ _HOMES = {
         "ShapeError",
     ],
     "optim": ["SGD", "Adam", "Constant", "Cosine", "StepDecay"],
+    "recording": ["Recorder", "Recording", "read_recordings", "write_recordings"],
     "schedule": [
         "PLANNERS",
         "Costs",

@@ -30,8 +30,7 @@ from dynacomm_async.cli.tracing import Parts, add_trace_argument, write_trace
 from dynacomm_async.cli.workload import add_run_arguments, check_run, training_options
 from dynacomm_async.errors import ConfigError
 from dynacomm_async.link.process import LinkProcess
-from dynacomm_async.observe import check_plotting
-from dynacomm_async.observe.joining import Joined
+from dynacomm_async.observe import Joined, check_plotting
 from dynacomm_async.schedule import (
     PLANNERS,
     Costs,

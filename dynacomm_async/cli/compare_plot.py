@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dynacomm_async.cli.output import say
-from dynacomm_async.observe import TimelineEntry, plot_timelines
-from dynacomm_async.observe.joining import Joined
-from dynacomm_async.observe.measured import measured_steps, median_step
+from dynacomm_async.link.units import parse_duration, parse_rate
+from dynacomm_async.observe import (
+    Joined,
+    TimelineEntry,
+    measured_steps,
+    median_step,
+    plot_timelines,
+)
+from dynacomm_async.observe.canvas import format_duration, format_rate
 from dynacomm_async.schedule import Costs, evaluate, make_plan
 
 __all__ = ["MeasuredSteps", "plot_comparison"]
@@ -51,7 +57,22 @@ def plot_comparison(
 
 def _title(args: argparse.Namespace) -> str:
     workers = f"{args.workers} worker{'s' if args.workers > 1 else ''}"
+    up = "" if args.bandwidth_up is None else f", up {_join(args.bandwidth_up, _show_rate)}"
     return (
         f"One training step: {args.model}, {workers}, batch {args.batch}; "
-        f"link {args.bandwidth}, {args.delay} delay, {args.overhead} overhead a message"
+        f"{_join(args.bandwidth, _show_rate)}{up}, {_join(args.delay, _show_time)} delay, "
+        f"{_join(args.overhead, _show_time)} overhead a message"
     )
+
+
+def _join(option: str, show: Callable[[str], str]) -> str:
+    """Say an option in words; each worker may have a value of its own."""
+    return " / ".join(show(value.strip()) for value in option.split(","))
+
+
+def _show_rate(text: str) -> str:
+    return format_rate(parse_rate(text))
+
+
+def _show_time(text: str) -> str:
+    return format_duration(parse_duration(text))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dynacomm_async.cli.output import check_writable, say
 from dynacomm_async.cli.tracing import write_trace
-from dynacomm_async.observe.joining import join_recordings
+from dynacomm_async.observe import join_recordings
 from dynacomm_async.recording import read_recordings
 
 __all__ = ["add_arguments", "command"]
@@ -35,9 +35,11 @@ def command(args: argparse.Namespace) -> int:
     joined = join_recordings(row for path in args.recordings for row in read_recordings(path))
     write_trace(args.output, joined)
     for party in joined.parties:
-        recording = party.recording
-        doubt = f"clock known within {party.uncertainty_ns / 1e6:.3f} ms"
-        say(f"{party.name} on {recording.host_name} (process {recording.pid}): {doubt}")
+        where = f"{party.name} on {party.recording.host_name}"
+        if party.uncertainty_ns:
+            say(f"{where}: its clock is known within {party.uncertainty_ns / 1e6:.3f} ms")
+        else:
+            say(f"{where}: the clock that counts")
     if joined.dropped:
         say(f"{joined.dropped} events came after a recorder's limit and are missing")
     say(f"open {args.output} in https://ui.perfetto.dev or chrome://tracing")

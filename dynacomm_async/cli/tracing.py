@@ -12,8 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from dynacomm_async.cli.output import check_writable
-from dynacomm_async.observe.joining import Joined, join_recordings
-from dynacomm_async.observe.trace import trace_of
+from dynacomm_async.observe import Joined, join_recordings, trace_of
 from dynacomm_async.recording import Recorder, read_recordings, write_recordings
 
 __all__ = [

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from dynacomm_async.errors import ConfigError
 from dynacomm_async.recording import Carried, ClockOffset, ConnectionLog, Passed, Recording
 
-__all__ = ["Crossing", "Joined", "Party", "join_recordings"]
+__all__ = ["Crossing", "Joined", "Party", "join_recordings", "layers_of"]
 
 _ROLES = ("server", "link", "worker")
 
@@ -134,6 +134,21 @@ def join_recordings(recordings: Iterable[Recording]) -> Joined:
         parties.append(Party(row, name, label, slots, shift_ns, offset.uncertainty_ns))
     crossings = _find_crossings(parties, [memberships[index] for index in order])
     return Joined(parties, crossings, sum(row.dropped for row in rows))
+
+
+def layers_of(cells: Iterable[Sequence[int]], layers: Sequence[tuple[str, int, int]]) -> list[int]:
+    """Return the layers that ranges of cells touch; cells of statistics belong to none.
+
+    Args:
+        cells: ``(first, count)`` each.
+        layers: name, first cell and number of cells of each layer.
+    """
+    ranges = list(cells)
+    return [
+        index
+        for index, (_, begin, size) in enumerate(layers)
+        if any(first < begin + size and begin < first + count for first, count in ranges)
+    ]
 
 
 def _find_offsets(rows: Sequence[Recording]) -> dict[str, ClockOffset]:

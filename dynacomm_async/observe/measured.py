@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from dynacomm_async.errors import ConfigError
-from dynacomm_async.observe.joining import Crossing, Joined, Party
-from dynacomm_async.observe.trace import layers_of
+from dynacomm_async.observe.joining import Crossing, Joined, Party, layers_of
 from dynacomm_async.schedule import Segment
 from dynacomm_async.schedule.timeline import Computation, Timeline, Transfer
 

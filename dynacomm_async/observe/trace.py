@@ -13,10 +13,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dynacomm_async.observe.joining import Crossing, Joined, Party
+from dynacomm_async.observe.joining import Crossing, Joined, Party, layers_of
 from dynacomm_async.recording import Passed
 
-__all__ = ["layers_of", "trace_of"]
+__all__ = ["trace_of"]
 
 _PLANS, _STEPS, _COMPUTE, _MESSAGES = 1, 2, 3, 4
 """Threads of a worker; the first is the server's updates. Messages take two for each rank."""
@@ -64,21 +64,6 @@ def trace_of(joined: Joined) -> dict[str, Any]:
             "processes": [_describe(pid, party) for pid, party in enumerate(joined.parties, 1)],
         },
     }
-
-
-def layers_of(cells: Iterable[Sequence[int]], layers: Sequence[tuple[str, int, int]]) -> list[int]:
-    """Return the layers that ranges of cells touch; cells of statistics belong to none.
-
-    Args:
-        cells: ``(first, count)`` each.
-        layers: name, first cell and number of cells of each layer.
-    """
-    ranges = list(cells)
-    return [
-        index
-        for index, (_, begin, size) in enumerate(layers)
-        if any(first < begin + size and begin < first + count for first, count in ranges)
-    ]
 
 
 def _describe(pid: int, party: Party) -> dict[str, Any]:
