@@ -332,7 +332,7 @@ class ParameterServer:
         complete = self._rounds.push(member.slot, gradients.ranges)
         if complete:
             self._all_pushed_ns = now_ns
-            self._complete.extend(complete)
+            self._complete.extend(_statistics_first(complete, self._grid.n_parameter_cells))
             self._work.set()
 
     def bytes_of(self, ranges: Sequence[Range]) -> list[memoryview]:
@@ -514,6 +514,22 @@ class ParameterServer:
             self._result.exception()  # seen: an owner that leaves early need not ask for it
         for member in list(self._connections):
             member.finish(error)
+
+
+def _statistics_first(complete: Iterable[Range], n_parameter_cells: int) -> list[Range]:
+    """Put statistics before parameters, in the order in which they are applied.
+
+    The step is over when its last cell has been applied. That must be one of the parameters, which
+    then tell the workers so: sent before, they would lack the step's timing, and a gradient of the
+    next step could come before its time.
+    """
+    edge = n_parameter_cells
+    ends = [(first, first + count) for first, count in complete]
+    statistics = [
+        Range(max(first, edge), end - max(first, edge)) for first, end in ends if end > edge
+    ]
+    parameters = [Range(first, min(end, edge) - first) for first, end in ends if first < edge]
+    return [*statistics, *parameters]
 
 
 def _views(arena: Floats, grid: Grid, ranges: Sequence[Range]) -> list[memoryview]:

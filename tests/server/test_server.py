@@ -13,6 +13,7 @@ import pytest
 from dynacomm_async.errors import ConfigError, PeerError, ShapeError
 from dynacomm_async.link import Link, LinkSettings
 from dynacomm_async.optim import SGD, Adam, Constant, StepDecay
+from dynacomm_async.ranges import Range
 from dynacomm_async.schedule import Plan
 from dynacomm_async.schedule.planners import PLANNERS
 from dynacomm_async.server.server import ParameterServer
@@ -20,6 +21,7 @@ from dynacomm_async.server.store import LayerOptions, Training
 from dynacomm_async.transport import Address
 from dynacomm_async.wire.frame import MessageKind
 from dynacomm_async.wire.grid import LayerSpec
+from dynacomm_async.wire.messages import Leave, Parameters
 from dynacomm_async.worker.planning import FixedPlan
 from dynacomm_async.worker.session import Session
 
@@ -413,3 +415,24 @@ async def test_a_model_goes_with_the_member_that_brought_it_if_training_has_not_
 def test_statistics_without_parameters_are_refused_rather_than_ignored(toy):
     with pytest.raises(ConfigError, match="initial statistics without initial parameters"):
         ParameterServer(toy.layers, workers=1, steps=1, initial_statistics=toy.initial_statistics)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+async def test_the_first_parameters_of_a_step_tell_the_timing_of_the_one_before(
+    toy, connect_raw, merged
+):
+    grid = toy.grid
+    gradients = np.ones(grid.n_floats, np.float32)
+    pieces = (Range(0, grid.n_parameter_cells), grid.statistics_cells)
+    ranges = (Range(0, grid.n_cells),) if merged else pieces
+    async with serve(toy, steps=3) as server, connect_raw(server.address) as worker:
+        await worker.join(grid)
+        await worker.pull()
+        for step in range(3):
+            worker.push(step, gradients, grid, ranges=ranges)
+            message, _ = await worker.read()
+            assert isinstance(message, Parameters)
+            assert message.version == step + 1
+            assert message.timing is not None
+        worker.send(Leave())
+        assert (await server.finished()).steps == 3
