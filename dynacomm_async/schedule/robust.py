@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dynacomm_async.schedule.costs import Costs
+from dynacomm_async.schedule.phase import fewest_cuts, sum_up
 from dynacomm_async.schedule.plan import Plan
-from dynacomm_async.schedule.planners.dynacomm import fewest_cuts, sum_up
 
 __all__ = ["LARGEST_ERROR", "plan_robust"]
 

@@ -17,8 +17,8 @@ from typing import Literal, NamedTuple
 
 from dynacomm_async.errors import PlanError
 from dynacomm_async.schedule.costs import Costs
+from dynacomm_async.schedule.phase import earliest_ends_ns
 from dynacomm_async.schedule.plan import Plan, Segment
-from dynacomm_async.schedule.planners.dynacomm import earliest_ends_ns
 
 __all__ = ["Computation", "LowerBound", "Timeline", "Transfer", "evaluate", "lower_bound_ns"]
 
