@@ -3,9 +3,10 @@
 Theory of operation. Message sizes span four orders of magnitude, and so do the errors: jitter adds
 the same to all, a wandering rate adds a share of the time. Each observation is therefore judged by
 its own expected error, taken from the fit's residuals: the short half tells the jitter, the long
-half the share that comes on top. Starting from the least absolute relative error, which a few times three too long do
-not move, the fit is repeated with Tukey's biweight (Beaton, Tukey, Technometrics 16(2), 1974,
-doi 10.1080/00401706.1974.10489171), which gives no weight to what lies far outside its error.
+half the share that comes on top. Starting from the least absolute relative error, which a few
+times three too long do not move, the fit is repeated with Tukey's biweight (Beaton, Tukey,
+Technometrics 16(2), 1974, doi 10.1080/00401706.1974.10489171), which gives no weight to what lies
+far outside its error.
 
 The same errors tell how well rate and overhead are known. Observations that cannot tell one from
 the other, such as back-to-back messages of one size, make that error infinite, unless a prior says

@@ -18,10 +18,15 @@ from dynacomm_async.schedule.costs import Costs
 from dynacomm_async.schedule.phase import fewest_cuts, sum_up
 from dynacomm_async.schedule.plan import Plan
 
-__all__ = ["LARGEST_ERROR", "plan_robust"]
+__all__ = ["LARGEST_ERROR", "LEAST_ERROR", "plan_robust", "spread_of"]
 
 LARGEST_ERROR = 300
 """Per mille of the rate: an estimate that is worth planning by is not further off."""
+
+LEAST_ERROR = 80
+"""Per mille: however exact an estimate, the next steps' rate and the computing are not just it."""
+
+_ERRORS_PER_SPREAD = 3
 
 _SCENARIOS = (0, -2, -1, 1, 2)  # halves of the error; on a tie the first stands: the estimate
 
@@ -56,6 +61,14 @@ def plan_robust(
         up_error,
     )
     return Plan.from_cuts("dynacomm", len(layers), pull_cuts, push_cuts)
+
+
+def spread_of(rate_error: float) -> int:
+    """Return the error to reckon with, in per mille, for a rate with this relative standard error.
+
+    Three standard errors, but no less than :data:`LEAST_ERROR`, no more than :data:`LARGEST_ERROR`.
+    """
+    return round(min(max(1000 * _ERRORS_PER_SPREAD * rate_error, LEAST_ERROR), LARGEST_ERROR))
 
 
 def _choose(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
+from collections import deque
 from itertools import pairwise
 
 from dynacomm_async.ranges import Range
@@ -10,6 +12,8 @@ from dynacomm_async.schedule.costs import Costs
 from dynacomm_async.schedule.estimator import Estimator
 from dynacomm_async.schedule.plan import Plan, Segment
 from dynacomm_async.schedule.planners import find_planner
+from dynacomm_async.schedule.replan import Replan, describe_change, describe_estimate
+from dynacomm_async.schedule.robust import plan_robust, spread_of
 from dynacomm_async.schedule.timeline import evaluate
 from dynacomm_async.wire.grid import Grid
 from dynacomm_async.wire.messages import Subscription
@@ -23,11 +27,15 @@ __all__ = [
     "subscription",
 ]
 
+_log = logging.getLogger("dynacomm_async.worker")
+
 WARMUP_STEPS = 3
 """Steps with different cuts, so that rate and overhead of the link can be told apart."""
 
 _WORTHWHILE_PERCENT = 98
 """A new plan replaces the old one only if it promises at most this much of its step time."""
+
+_LOG_LENGTH = 256
 
 
 class Plans(ABC):
@@ -36,11 +44,13 @@ class Plans(ABC):
     Attributes:
         changes: ``(step, plan)`` for every step whose plan differs from the one before.
         costs: what the newest thinking rests on; None while there is nothing to think with.
+        log: what made a plan give way to another, the last 256 times; empty if nothing ever does.
     """
 
     def __init__(self) -> None:
         self.changes: list[tuple[int, Plan]] = []
         self.costs: Costs | None = None
+        self.log: deque[Replan] = deque(maxlen=_LOG_LENGTH)
 
     def plan(self, step: int) -> Plan:
         """Return the plan of ``step``; steps come in order."""
@@ -66,21 +76,32 @@ class Plans(ABC):
 class AdaptivePlans(Plans):
     """Warm-up steps, then the strategy's plan for what has been measured so far.
 
+    A plan that rests on rates is chosen for those that the estimate leaves possible; see
+    :mod:`dynacomm_async.schedule.robust`. Every change of plan is logged (at INFO, to
+    ``dynacomm_async.worker``) with what has moved.
+
     Args:
         strategy: name of a planner.
         estimator: the measured costs, kept up to date by the session.
         n_layers: layers of the model.
+        robust: whether ``dynacomm`` reckons with errors of the estimate; other strategies never do.
 
     Raises:
         ConfigError: no such strategy.
     """
 
-    def __init__(self, strategy: str, estimator: Estimator, n_layers: int) -> None:
+    def __init__(
+        self, strategy: str, estimator: Estimator, n_layers: int, *, robust: bool = True
+    ) -> None:
         super().__init__()
         self._planner = find_planner(strategy)
+        self._robust = robust and strategy == "dynacomm"
         self._estimator = estimator
         self._n_layers = n_layers
         self._current: Plan | None = None
+        self._current_costs: Costs | None = None  # which it was made for
+        self._followed: Plan | None = None  # what the log has come to
+        self._followed_costs: Costs | None = None
 
     def refresh(self) -> None:
         """Plan for the newest costs, and keep that plan if it is clearly better than the last."""
@@ -88,18 +109,39 @@ class AdaptivePlans(Plans):
         self.costs = costs
         if costs is None:
             return
-        fresh, current = self._planner(costs), self._current
-        if current is None or current == fresh:
-            self._current = fresh
-            return
-        promised, limit = _promises(fresh, costs), _promises(current, costs) * _WORTHWHILE_PERCENT
-        if 100 * promised <= limit:
-            self._current = fresh
+        fresh, current = self._make(costs), self._current
+        if current is None or (fresh != current and _is_worthwhile(fresh, current, costs)):
+            self._current, self._current_costs = fresh, costs
+
+    def _make(self, costs: Costs) -> Plan:
+        if not self._robust:
+            return self._planner(costs)
+        estimator = self._estimator
+        return plan_robust(
+            costs, spread_of(estimator.down.rate_error), spread_of(estimator.up.rate_error)
+        )
 
     def _choose(self, step: int) -> Plan:
         if step < WARMUP_STEPS:
             return _warmup_plan(step, self._n_layers)
-        return self._current or _equal_parts("layerwise", self._n_layers, self._n_layers)
+        if self._current is None:
+            return _equal_parts("layerwise", self._n_layers, self._n_layers)
+        if self._current != self._followed:
+            self._tell(step, self._current)
+        return self._current
+
+    def _tell(self, step: int, plan: Plan) -> None:
+        old, costs = self._followed_costs, self._current_costs
+        assert costs is not None, "a plan is made for costs"
+        if old is None:
+            reason = f"first estimate: {describe_estimate(costs)}"
+        else:
+            reason = describe_change(old, costs)
+        before = self.changes[-1][1] if self.changes else plan
+        entry = Replan(step, reason, before, plan, _promises(before, costs), _promises(plan, costs))
+        self.log.append(entry)
+        self._followed, self._followed_costs = plan, costs
+        _log.info("%s", entry)
 
 
 class FixedPlan(Plans):
@@ -134,6 +176,10 @@ def push_messages(plan: Plan, grid: Grid) -> list[tuple[Range, ...]]:
 
 def _promises(plan: Plan, costs: Costs) -> int:
     return evaluate(plan, costs).step_ns
+
+
+def _is_worthwhile(fresh: Plan, current: Plan, costs: Costs) -> bool:
+    return 100 * _promises(fresh, costs) <= _WORTHWHILE_PERCENT * _promises(current, costs)
 
 
 def _warmup_plan(step: int, n_layers: int) -> Plan:

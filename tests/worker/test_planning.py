@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 
@@ -24,8 +25,9 @@ from dynacomm_async.worker.planning import (
 class Told:
     """An estimator that is told what it has measured."""
 
-    def __init__(self, costs=None):
+    def __init__(self, costs=None, rate_error=0.0):
         self.now = costs
+        self.up = self.down = SimpleNamespace(rate_error=rate_error)
 
     def costs(self):
         return self.now
@@ -65,7 +67,7 @@ def test_warm_up_steps_cover_all_layers_and_cut_them_differently_where_that_can_
 @pytest.mark.parametrize("strategy", PLANNERS)
 def test_after_the_warm_up_the_strategys_own_plan_is_followed(strategy):
     costs = draw_costs(random.Random(1))
-    plans = AdaptivePlans(strategy, Told(costs), 6)
+    plans = AdaptivePlans(strategy, Told(costs), 6, robust=False)
     for step in range(WARMUP_STEPS):
         plans.plan(step)
 
@@ -88,7 +90,7 @@ def test_nothing_measured_yet_means_layer_by_layer_until_something_is():
 def test_a_plan_is_replaced_exactly_when_the_new_one_promises_two_percent_less(seed):
     numbers = random.Random(seed)
     base, told = draw_costs(numbers), Told()
-    plans = AdaptivePlans("dynacomm", told, 6)
+    plans = AdaptivePlans("dynacomm", told, 6, robust=False)
     current, changes = None, 0
     for step in range(WARMUP_STEPS, WARMUP_STEPS + 30):
         told.now = base if numbers.random() < 0.3 else draw_costs(numbers)
@@ -107,7 +109,7 @@ def test_a_plan_is_replaced_exactly_when_the_new_one_promises_two_percent_less(s
 def test_two_percent_is_just_enough(gain_ns, replaced):
     whole = Plan.from_cuts("dynacomm", 2, [], [])
     told = Told(_step_costs(1000, 0))
-    plans = AdaptivePlans("dynacomm", told, 2)
+    plans = AdaptivePlans("dynacomm", told, 2, robust=False)
     assert think_and_plan(plans, WARMUP_STEPS) == whole
     told.now = _step_costs(1000, gain_ns)
     assert evaluate(whole, told.now).step_ns == 1000
@@ -126,7 +128,7 @@ def _step_costs(whole_ns, gain_ns):
 
 def test_changes_tell_from_which_step_on_each_plan_was_followed():
     told = Told(_step_costs(1000, 0))
-    plans = AdaptivePlans("dynacomm", told, 2)
+    plans = AdaptivePlans("dynacomm", told, 2, robust=False)
     followed = {}
     for step in range(10):
         if step == 6:
