@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from time import monotonic_ns
+from time import monotonic_ns, thread_time_ns
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,8 +72,12 @@ _PINGS = 5
 _KEPT_TIMINGS = 4
 """Versions for which the server's words are kept; those of two may be here at once."""
 
-_EAGER_STEPS, _LAZY_EVERY = 8, 4
-"""Plans are thought over after each of the first steps, then after every fourth."""
+_EAGER_STEPS = 8
+"""Plans are thought over after each of the first steps, whatever it costs."""
+
+_THINKING_SHARE = 200
+"""After that thinking waits until so many times what it cost last has passed: half a percent of the
+time at most. Only where steps are very short it does not happen after every one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +238,7 @@ class Client:
         self._uplink: asyncio.Task[None] | None = None
         self._last_arrival_ns = 0
         self._n_computed = 0  # steps
+        self._think_again_ns = 0
         self._leaving: asyncio.Task[None] | None = None
 
     # -- joining and leaving --
@@ -391,20 +396,23 @@ class Client:
 
     def step_computed(self, forward_ns: Sequence[int], backward_ns: Sequence[int]) -> None:
         """Take in how long each layer took."""
-        estimator = self._joined.estimator
-        estimator.times.observe(forward_ns, backward_ns)
-        overheads = estimator.up.overhead_ns + estimator.down.overhead_ns
-        latency = max(0, self.round_trip_ns - overheads) // 2
-        estimator.observe_latency(latency, latency)
+        self._joined.estimator.times.observe(forward_ns, backward_ns)
         # Not at once: the step's last message is about to leave.
         self._n_computed += 1
-        if self._n_computed <= _EAGER_STEPS or self._n_computed % _LAZY_EVERY == 0:
+        if self._n_computed <= _EAGER_STEPS or monotonic_ns() >= self._think_again_ns:
             asyncio.get_running_loop().call_soon(self.guard, self._think)
 
     def _think(self) -> None:
+        began_ns = thread_time_ns()
         training = self._joined
+        estimator = training.estimator
+        overheads = estimator.up.overhead_ns + estimator.down.overhead_ns
+        latency = max(0, self.round_trip_ns - overheads) // 2
+        estimator.observe_latency(latency, latency)
         training.plans.refresh()
-        training.board.costs = training.plans.costs or training.estimator.costs()
+        training.board.costs = training.plans.costs or estimator.costs()
+        cost_ns = thread_time_ns() - began_ns
+        self._think_again_ns = monotonic_ns() + _THINKING_SHARE * cost_ns
 
     # -- the rest --
 
