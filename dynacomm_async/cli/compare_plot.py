@@ -42,15 +42,10 @@ def plot_comparison(
     costs = Costs.from_json(costs_json)
     entries = []
     for name, (rank, counted) in measured.items():
-        steps = measured_steps(joined, rank, name)
+        predicted = evaluate(make_plan(name, costs), costs)
+        steps = measured_steps(joined, rank, name, barrier=predicted.forward_ns is not None)
         median = median_step(steps, counted)
-        entries.append(
-            TimelineEntry(
-                name,
-                evaluate(make_plan(name, costs), costs),
-                None if median is None else steps[median],
-            )
-        )
+        entries.append(TimelineEntry(name, predicted, None if median is None else steps[median]))
     plot_timelines(entries, args.plot, title=_title(args))
     say(f"drawn in {args.plot}")
 

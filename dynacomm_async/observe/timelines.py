@@ -34,6 +34,10 @@ _WAITING = "#DDDDDD"
 _WAITING_MEANS = "processor waits"
 _REST, _REST_EDGE = "#F4F0E4", "#B8AE90"
 _REST_MEANS = "latency, server, other workers"
+_BEGIN = {
+    True: "milliseconds since the step's first pull began",
+    False: "milliseconds since the step began: its first pull, or without a barrier its backward",
+}
 _WIDTH = 9.0
 _LANE_HEIGHT = 0.185
 _BAR = 0.86
@@ -105,7 +109,8 @@ def plot_timelines(
     last = canvas.axes[-1][0]
     last.tick_params(axis="x", bottom=True, labelbottom=True)
     last.set_xlabel(
-        "milliseconds since the step's first pull began; numbers in bars: layers, from 0",
+        _BEGIN[all(entry.predicted.forward_ns is not None for entry in entries)]
+        + "; numbers in bars: layers, from 0",
         fontsize=9,
     )
     _add_legend(canvas)

@@ -76,9 +76,8 @@ def test_every_strategy_gets_a_panel_on_one_common_time_axis(drawn):
     panels = [line[0] for line in drawn[0].axes]
     for name, panel in zip(PLANNERS, panels, strict=True):
         assert panel.get_title(loc="left").startswith(f"{name}: {timeline(name).step_ns / 1e6:.4g}")
-        assert [label.get_text() for label in panel.get_yticklabels()] == [
-            *("pull", "forward", "backward", "push")
-        ]
+        lanes = [label.get_text() for label in panel.get_yticklabels()]
+        assert lanes == ["pull", "compute", "push"]
     assert len({panel.get_xlim() for panel in panels}) == 1
     assert panels[0].get_xlim()[1] >= max(timeline(name).step_ns for name in PLANNERS) / 1e6
 
@@ -95,15 +94,15 @@ def test_bars_are_where_the_timeline_says_and_wide_ones_are_numbered(drawn):
     assert spans[1] == [(165 + 30 * i, 195 + 30 * i) for i in range(4)]
     assert spans[2] == [(285 + 50 * i, 335 + 50 * i) for i in range(4)]
     assert spans[3] == [(485, 650)]
-    assert texts(panel) == ["0–3", *"0123", *"3210", "0–3"]
-    # Grey behind what nothing is computed in: both transfers, and the latency at the end.
-    pauses = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in panel.patches]
-    assert pauses == [(0, 165), (485, 660)]
+    # The processor waits in both transfers and for the latency, which also ends the step.
+    assert spans[4] == [(0, 165), (485, 660)]
+    assert spans[5] == [(650, 660)]
+    assert texts(panel) == ["0–3", *"0123", *"3210", "0–3", "660 ms"]
 
 
 def test_neighbours_differ_in_shade(drawn):
     plot_timelines([TimelineEntry("layerwise", timeline("layerwise"))], Path("x.png"))
-    for lane in drawn[0].axes[0][0].collections:
+    for lane in drawn[0].axes[0][0].collections[:4]:
         shades = [tuple(shade) for shade in lane.get_facecolors()]
         assert len(set(shades)) == 2
         assert all(a != b for a, b in pairwise(shades))
@@ -111,9 +110,24 @@ def test_neighbours_differ_in_shade(drawn):
 
 def test_a_measured_step_lies_below_the_predicted_one(drawn):
     entry = TimelineEntry("bucket", timeline("bucket"), measured=timeline("sequential"))
-    plot_timelines([entry], Path("x.png"))
-    titles = [line[0].get_title(loc="left") for line in drawn[0].axes]
-    assert [title.split(":")[0] for title in titles] == ["bucket, predicted", "bucket, measured"]
+    plot_timelines([entry], Path("x.png"), title="a model on a link")
+    ((panel,),) = drawn[0].axes
+    assert panel.get_title(loc="left").startswith(
+        "bucket: predicted 660 ms, measured 660 ms (+0.0%)"
+    )
+    places = {text.get_text(): text.get_position()[1] for text in panel.texts}
+    low, high = sorted(panel.get_ylim())
+    assert panel.yaxis_inverted()
+    assert low < places["predicted"] < places["measured"] < high
+    assert drawn[0].figure.get_suptitle() == "a model on a link"
+
+
+def test_every_colour_is_explained(drawn):
+    plot_timelines([TimelineEntry("layerwise", timeline("layerwise"))], Path("x.png"))
+    (legend,) = drawn[0].figure.legends
+    explained = {tuple(patch.get_facecolor()) for patch in legend.get_patches()}
+    used = [tuple(lane.get_facecolors()[0]) for lane in drawn[0].axes[0][0].collections[:6]]
+    assert set(used) == explained
 
 
 def test_two_varied_settings_make_a_map_of_choices(drawn):
