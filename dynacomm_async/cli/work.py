@@ -99,7 +99,7 @@ class _News:
     def __init__(self, session: Session, events: bool) -> None:
         self._session = session
         self._events = events
-        self._n_plans = 0  # that were told of
+        self._told = -1  # the newest step whose change of plan was told
         self._emitted = 0.0
 
     def tell(self) -> list[str]:
@@ -116,11 +116,10 @@ class _News:
         return notes
 
     def _tell_plans(self) -> None:
-        changes = self._session.plans.changes
-        for step, plan in changes[self._n_plans :]:
-            if plan.strategy != "warm-up":
-                say(f"from step {step} on: {describe_plan(plan)}")
-        self._n_plans = len(changes)
+        for replan in tuple(self._session.plans.log):
+            if replan.step > self._told:
+                say(f"from step {replan.step} on {describe_plan(replan.after)}: {replan.reason}")
+                self._told = replan.step
 
 
 def _explain(session: Session, events: bool) -> None:

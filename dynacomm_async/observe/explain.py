@@ -15,7 +15,9 @@ from dynacomm_async.schedule.account import (
     WorkerReport,
 )
 from dynacomm_async.schedule.costs import Costs, LayerCosts
-from dynacomm_async.schedule.plan import Plan
+from dynacomm_async.schedule.dispatch import Policy
+from dynacomm_async.schedule.plan import AnyPlan, PolicyPlan
+from dynacomm_async.schedule.replan import Replan
 from dynacomm_async.schedule.timeline import LowerBound, Timeline, Transfer
 
 __all__ = [
@@ -43,6 +45,8 @@ _STRATEGIES = {
     "ibatch": "each message takes what fits under the computing before it, from one end on",
     "bucket": "messages of up to 25 MiB, whatever they cost",
     "dynacomm": "the cuts that end each pass over the layers earliest, by the costs above",
+    "priority": "slices of one size, the front layers' first, whatever they cost",
+    "joint": "the sizes of messages that end the step earliest, by the costs above",
 }
 
 _BOUNDS = {
@@ -71,7 +75,7 @@ def explain_worker(report: WorkerReport, *, brief: bool = False) -> str:
         sections.append(explain_layers(expectation.costs))
         sections.append(explain_plan(expectation))
     sections.append(explain_steps(report.summary, expectation, slot=report.slot))
-    sections.append(_explain_changes(report))
+    sections.append(_explain_replans(report.replans))
     return "\n\n".join(sections)
 
 
@@ -134,17 +138,18 @@ def explain_layers(costs: Costs) -> str:
 def explain_plan(expectation: Expectation) -> str:
     """Return the messages of a step, and when each is predicted to be on the link."""
     plan, costs, timeline = expectation.plan, expectation.costs, expectation.timeline
+    latencies_ns = {"pull": costs.latency_down_ns, "push": costs.latency_up_ns}
     rows: list[list[str]] = []
-    for direction, latency_ns in (("pull", costs.latency_down_ns), ("push", costs.latency_up_ns)):
+    for direction in dict.fromkeys(transfer.direction for transfer in timeline.transfers):
         transfers = [each for each in timeline.transfers if each.direction == direction]
         cells = [
             [
                 f"{direction} {number}",
                 _layers_of(transfer, costs),
-                _size(_nbytes_of(transfer, costs)),
+                _size(sum(nbytes for _, nbytes in transfer.ranges)),
                 _ms(transfer.start_ns),
                 _ms(transfer.end_ns),
-                _ms(transfer.end_ns + latency_ns),
+                _ms(transfer.end_ns + latencies_ns[direction]),
             ]
             for number, transfer in enumerate(transfers, start=1)
         ]
@@ -157,13 +162,18 @@ def explain_plan(expectation: Expectation) -> str:
     lines = [f"Plan in use: {describe_plan(plan)}"]
     if plan.strategy in _STRATEGIES:
         lines.append(f"{plan.strategy}: {_STRATEGIES[plan.strategy]}")
-    lines += [
-        _table(header, rows, left=2),
-        "begins, has left, arrives: predicted, from the begin of the step's first pull; the "
-        f"forward\npass ends at {_ms(timeline.forward_ns)}, the backward pass at "
-        f"{_ms(timeline.computations[-1].end_ns)}",
-    ]
+    lines += [_table(header, rows, left=2), _about_times(timeline)]
     return "\n".join(lines)
+
+
+def _about_times(timeline: Timeline) -> str:
+    phase = timeline.computations[0].phase
+    start = "the step's first pull" if phase == "forward" else "the backward pass"
+    ends_ns = {each.phase: each.end_ns for each in timeline.computations}
+    return (
+        f"begins, has left, arrives: predicted, counted from the begin of {start}; the forward\n"
+        f"pass ends at {_ms(ends_ns['forward'])}, the backward pass at {_ms(ends_ns['backward'])}"
+    )
 
 
 def explain_steps(summary: Summary | None, expectation: Expectation, *, slot: int) -> str:
@@ -195,10 +205,23 @@ def explain_steps(summary: Summary | None, expectation: Expectation, *, slot: in
     return f"{_named_lines(named)}\n\n{_parts_table(summary, slot)}"
 
 
-def describe_plan(plan: Plan) -> str:
-    """Return a plan in one line: who made it, and how many messages it has each way."""
+def describe_plan(plan: AnyPlan) -> str:
+    """Return a plan in one line: who made it, and its messages each way, or the rule for them."""
+    if isinstance(plan, PolicyPlan):
+        return (
+            f"{plan.strategy}, front layers first and without a barrier between steps: "
+            f"pushes {_describe_policy(plan.push)}, pulls {_describe_policy(plan.pull)}"
+        )
     pulls, pushes = _count(len(plan.pull), "pull"), _count(len(plan.push), "push")
-    return f"{plan.strategy}, {pulls} and {pushes} a step"
+    barrier = "" if plan.barrier else ", each pull as soon as it can be"
+    return f"{plan.strategy}, {pulls} and {pushes} a step{barrier}"
+
+
+def _describe_policy(policy: Policy) -> str:
+    size = "of any size" if policy.cap_nbytes is None else f"of up to {_size(policy.cap_nbytes)}"
+    if policy.threshold_nbytes:
+        size += f" once {_size(policy.threshold_nbytes)} are ready"
+    return f"{size}, {'whole layers' if policy.whole_layers else 'cut inside layers too'}"
 
 
 def _named_lines(named: Sequence[tuple[str, Sequence[str]]]) -> str:
@@ -245,18 +268,18 @@ def _bound_lines(bound: LowerBound, summary: Summary | None = None) -> list[str]
 
 
 def _hidden_lines(summary: Summary, busy_ns: int) -> list[str]:
-    idle_ns = summary.step_ns - summary.compute_ns
+    idle_ns = summary.idle_ns
     line = f"{1 - idle_ns / busy_ns:.0%}: messages occupy the links {_ms(busy_ns)} a step"
     if idle_ns <= busy_ns:
         return [
             f"{line}, both directions together;",
-            f"{_ms(busy_ns - idle_ns)} of that cost no time: the step is {_ms(idle_ns)} longer "
-            "than its computing",
+            f"{_ms(busy_ns - idle_ns)} of that cost no time: without waiting for others the step "
+            f"is {_ms(idle_ns)} longer than its computing",
         ]
     return [
         f"{line}, both directions together, but",
-        f"the step is {_ms(idle_ns)} longer than its computing: latency and other waits cost more "
-        "than overlap saves",
+        f"without waiting for others the step is {_ms(idle_ns)} longer than its computing: latency "
+        "costs more than overlap saves",
     ]
 
 
@@ -282,13 +305,19 @@ def _who_is_last(summary: Summary, slot: int) -> str:
     return f"worker {last} was last in {n} of {summary.n_steps} steps"
 
 
-def _explain_changes(report: WorkerReport) -> str:
-    changes = report.plans
-    shown = changes[-_MOST_CHANGES:]
-    lines = [f"Changes of plan: {len(changes) - 1} after the first"]
-    if len(shown) < len(changes):
-        lines[0] += f", the last {len(shown)}"
-    lines += [f"  from step {step}: {describe_plan(plan)}" for step, plan in shown]
+def _explain_replans(replans: Sequence[Replan]) -> str:
+    if not replans:
+        return "Changes of plan: none"
+    shown = replans[-_MOST_CHANGES:]
+    title = f"Changes of plan: {len(replans)}"
+    lines = [title if len(shown) == len(replans) else f"{title}, the last {len(shown)}:"]
+    for replan in shown:
+        lines += [
+            f"  from step {replan.step}: {describe_plan(replan.after)}",
+            f"    because: {replan.reason}",
+            f"    promised: a step of {_ms(replan.after_ns)}, with the plan before "
+            f"{_ms(replan.before_ns)}",
+        ]
     return "\n".join(lines)
 
 
@@ -310,17 +339,15 @@ def _cost_ns(layer: LayerCosts) -> int:
 
 
 def _layers_of(transfer: Transfer, costs: Costs) -> str:
-    first, last = transfer.segment.first, transfer.segment.last
-    if first == last:
-        return costs.layers[first].name
-    names = [costs.layers[first].name, costs.layers[last].name]
+    segment = transfer.segment
+    names = [costs.layers[segment.first].name, costs.layers[segment.last].name]
+    whole_nbytes = sum(costs.layers[index].nbytes for index in segment.layers)
+    part = "part of " if sum(nbytes for _, nbytes in transfer.ranges) < whole_nbytes else ""
+    if segment.first == segment.last:
+        return part + names[0]
     if transfer.direction == "push":
         names.reverse()
-    return f"{names[0]} to {names[1]} ({last - first + 1} layers)"
-
-
-def _nbytes_of(transfer: Transfer, costs: Costs) -> int:
-    return sum(costs.layers[index].nbytes for index in transfer.segment.layers)
+    return f"{part}{names[0]} to {names[1]} ({len(segment.layers)} layers)"
 
 
 def _rate(costs: Costs, transfer_ns: Callable[[LayerCosts], int]) -> str:

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 from dynacomm_async.errors import PlanError
 from dynacomm_async.schedule.costs import Costs
-from dynacomm_async.schedule.plan import Plan
+from dynacomm_async.schedule.plan import AnyPlan
+from dynacomm_async.schedule.replan import Replan
 from dynacomm_async.schedule.timeline import LowerBound, Timeline, evaluate, lower_bound_ns
 
 __all__ = [
@@ -47,13 +48,13 @@ class Expectation:
         bound: below every step, whatever the plan.
     """
 
-    plan: Plan
+    plan: AnyPlan
     costs: Costs
     timeline: Timeline
     bound: LowerBound
 
 
-def expect(plan: Plan, costs: Costs) -> Expectation:
+def expect(plan: AnyPlan, costs: Costs) -> Expectation:
     """Return what a step under ``plan`` will be. O(L).
 
     Raises:
@@ -106,12 +107,11 @@ class StepAccount:
     def hidden_fraction(self) -> float | None:
         """The share of the links' busy time that cost the step nothing.
 
-        1 - (step - compute) / busy, so waiting for others counts against it; below 0 where waits
-        cost more than all overlap saved; 0 where nothing is sent; None while not known.
+        1 - (step - compute) / busy, where waiting for other workers is no part of the step, for
+        it is no transfer's fault. Below 0 where latency and other waits cost more than all overlap
+        saves; 0 where nothing is sent; None while not known.
         """
-        if self.busy_ns is None:
-            return None
-        return _hidden(self.step_ns, self.compute_ns, self.busy_ns)
+        return _hidden(self.step_ns - self.waited_ns - self.compute_ns, self.busy_ns)
 
     @property
     def certificate(self) -> float | None:
@@ -189,7 +189,7 @@ class WorkerReport:
         expectation: what the plan in use promises by the newest costs; None if nothing is known.
         link: what the costs of the link rest on.
         summary: a typical step; None if no step followed the same plan as the one before.
-        plans: ``(step, plan)`` for every step whose plan differs from the one before.
+        replans: what made a plan give way to another, oldest first.
     """
 
     slot: int
@@ -197,7 +197,7 @@ class WorkerReport:
     expectation: Expectation | None
     link: LinkObserved
     summary: Summary | None
-    plans: tuple[tuple[int, Plan], ...]
+    replans: tuple[Replan, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,9 +240,12 @@ class Summary:
     @property
     def hidden_fraction(self) -> float | None:
         """As in :class:`StepAccount`, of the typical step."""
-        if self.busy_ns is None:
-            return None
-        return _hidden(self.step_ns, self.compute_ns, self.busy_ns)
+        return _hidden(self.idle_ns, self.busy_ns)
+
+    @property
+    def idle_ns(self) -> int:
+        """How much longer than its computing the step is, without waiting for other workers."""
+        return self.step_ns - self.waited_ns - self.compute_ns
 
     @property
     def certificate(self) -> float | None:
@@ -292,8 +295,10 @@ def summarise(accounts: Iterable[StepAccount]) -> Summary | None:
     )
 
 
-def _hidden(step_ns: int, compute_ns: int, busy_ns: int) -> float:
-    return 1 - (step_ns - compute_ns) / busy_ns if busy_ns else 0.0
+def _hidden(idle_ns: int, busy_ns: int | None) -> float | None:
+    if busy_ns is None:
+        return None
+    return 1 - idle_ns / busy_ns if busy_ns else 0.0
 
 
 def _mean(values: Sequence[int]) -> int:

@@ -6,7 +6,7 @@ from collections import deque
 
 from dynacomm_async.schedule.account import Expectation, StepAccount, account_for, expect
 from dynacomm_async.schedule.costs import Costs
-from dynacomm_async.schedule.plan import Plan
+from dynacomm_async.schedule.plan import AnyPlan
 from dynacomm_async.wire.messages import Timing
 
 __all__ = ["KEPT_STEPS", "Metrics"]
@@ -28,7 +28,7 @@ class Metrics:
     def __init__(self) -> None:
         self.steps: deque[StepAccount] = deque(maxlen=KEPT_STEPS)
         self.expectation: Expectation | None = None
-        self._plan: Plan | None = None  # of the newest step
+        self._plan: AnyPlan | None = None  # of the newest step
 
     @property
     def latest(self) -> StepAccount | None:
@@ -38,7 +38,7 @@ class Metrics:
     def add(
         self,
         index: int,
-        plan: Plan,
+        plan: AnyPlan,
         costs: Costs | None,
         timing: Timing | None,
         *,
@@ -71,7 +71,7 @@ class Metrics:
         self.steps.append(account)
         return account
 
-    def _expect(self, plan: Plan, costs: Costs | None) -> Expectation | None:
+    def _expect(self, plan: AnyPlan, costs: Costs | None) -> Expectation | None:
         known = self.expectation
         if costs is None:
             self.expectation = None

@@ -299,7 +299,7 @@ class Session:
             expectation=None if costs is None else expect(plan, costs),
             link=link,
             summary=summarise(self.metrics.steps),
-            plans=tuple(self.plans.changes),
+            replans=tuple(self.plans.log),
         )
 
     def post(self, call: Callable[..., object], *args: object) -> None:
@@ -588,7 +588,7 @@ class Step:
         session.metrics.add(
             self.index,
             session.plans.plan_of(self.index),
-            session.board.costs,
+            session.plans.costs or session.board.costs,
             session.board.timing_of(self.index),
             step_ns=monotonic_ns() - self.started_ns,
             compute_ns=self.compute_ns,

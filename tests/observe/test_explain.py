@@ -23,7 +23,10 @@ from dynacomm_async.schedule.account import (
     expect,
     summarise,
 )
+from dynacomm_async.schedule.dispatch import Policy
+from dynacomm_async.schedule.plan import PolicyPlan
 from dynacomm_async.schedule.planners import PLANNERS
+from dynacomm_async.schedule.replan import Replan
 
 MS = 1_000_000
 OBSERVED = LinkObserved(True, 12, 34)
@@ -55,7 +58,7 @@ def make_report(costs=None, *, plan=None, step_ns=100 * MS, link=OBSERVED, **tim
         account_for(index, step_ns=step_ns, settled=index > 0, expectation=expectation, **times)
         for index in range(10)
     ]
-    return WorkerReport(0, 2, expectation, link, summarise(accounts), ((0, plan),))
+    return WorkerReport(0, 2, expectation, link, summarise(accounts), ())
 
 
 def flat(text):
@@ -158,11 +161,11 @@ def test_the_hidden_share_is_told_in_milliseconds_too():
     plan = Plan.from_cuts("mine", 3, [1], [2])
     some = flat(explain_worker(make_report(plan=plan, step_ns=50 * MS, stalled_ns=10 * MS)))
     assert "Hidden share 50%: messages occupy the links 28.00 ms a step" in some
-    assert "14.00 ms of that cost no time: the step is 14.00 ms longer than its computing" in some
+    assert "14.00 ms of that cost no time: without waiting for others the step is 14.00 ms" in some
 
     none = flat(explain_worker(make_report(plan=plan, step_ns=78 * MS, stalled_ns=10 * MS)))
     assert "Hidden share -50%: messages occupy the links 28.00 ms" in none
-    assert "the step is 42.00 ms longer than its computing: latency and other waits" in none
+    assert "the step is 42.00 ms longer than its computing: latency costs more" in none
 
 
 def test_the_others_stories_leave_out_what_is_alike():
@@ -194,7 +197,41 @@ def test_what_is_not_known_yet_is_not_told():
 def test_a_step_below_its_bound_puts_the_costs_in_doubt():
     report = make_report(step_ns=37 * MS, stalled_ns=MS)
     text = explain_steps(report.summary, report.expectation, slot=0)
+
     assert "more than the measured step: the costs above are not right" in flat(text)
+
+
+def test_changes_of_plan_are_told_with_reason_and_promise():
+    report = make_report()
+    plan = report.expectation.plan
+    assert explain_worker(report).endswith("Changes of plan: none")
+
+    replans = tuple(
+        Replan(step, f"rate {step} -> 9 Mbit/s", plan, plan, 2 * MS, MS) for step in range(3, 20)
+    )
+    few = flat(explain_worker(replace(report, replans=replans[:2])))
+    assert "Changes of plan: 2 from step 3: dynacomm," in few
+    assert "because: rate 4 -> 9 Mbit/s promised: a step of 1.00 ms, with the plan before" in few
+
+    many = explain_worker(replace(report, replans=replans))
+    assert "Changes of plan: 17, the last 12:" in many
+    assert "from step 8:" in many
+    assert "from step 7:" not in many
+
+
+def test_a_rule_is_told_where_a_plan_has_no_fixed_messages():
+    plan = PolicyPlan("joint", 3, Policy(None, 0, True), Policy(20_000, 8_192))
+
+    assert describe_plan(plan) == (
+        "joint, front layers first and without a barrier between steps: pushes of up to 19.5 KiB "
+        "once 8.0 KiB are ready, cut inside layers too, pulls of any size, whole layers"
+    )
+    rows = explain_plan(expect(plan, make_costs())).splitlines()
+    messages = [row for row in rows if re.match(r"(pull|push) +\d", row)]
+    assert messages[0].startswith("push 1")
+    assert messages[-1].startswith("pull")
+    assert any("part of conv3" in row for row in messages)
+    assert "counted from the begin of the backward pass" in rows[-2]
 
 
 NUMBER = re.compile(r"(?<![\w.])-?\d[\d,.]*")

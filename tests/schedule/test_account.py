@@ -38,7 +38,7 @@ def test_a_step_that_goes_as_predicted_has_the_timelines_figures(make_costs, mak
 
         assert account.own_ns == 0
         assert account.step_ns == account.predicted_ns
-        assert account.busy_ns == sum(end - start for _, _, start, end in timeline.transfers)
+        assert account.busy_ns == sum(each.end_ns - each.start_ns for each in timeline.transfers)
         assert account.hidden_fraction == timeline.hidden_fraction
         assert account.exposed_ns == stalls_ns(timeline) - costs.server_ns
         assert account.certificate is None or account.certificate >= 1
