@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -54,7 +56,7 @@ def test_without_costs_nothing_is_predicted_and_without_the_servers_words_nobody
     assert (account.waited_ns, account.server_ns, account.last_slot) == (0, 0, None)
 
 
-def test_the_cost_model_is_asked_only_when_plan_or_costs_have_changed(monkeypatch):
+def watch_expect(monkeypatch):
     asked = []
     expect = metrics_module.expect
 
@@ -63,12 +65,29 @@ def test_the_cost_model_is_asked_only_when_plan_or_costs_have_changed(monkeypatc
         return expect(plan, costs)
 
     monkeypatch.setattr(metrics_module, "expect", watched)
-    metrics, newer = Metrics(), Costs(COSTS.layers, 5, 6)
+    return asked
+
+
+def test_the_cost_model_is_asked_only_when_plan_or_costs_have_changed(monkeypatch):
+    asked = watch_expect(monkeypatch)
+    metrics, newer = Metrics(clock=lambda: 0), Costs(COSTS.layers, 5, 6)
     followed = [(ONE, None), *[(ONE, COSTS)] * 5, *[(ALL, COSTS)] * 5, *[(ALL, newer)] * 5]
     for index, (plan, costs) in enumerate(followed):
         metrics.add(index, plan, costs, None, **TIMES)
 
     assert asked == [("one", COSTS), ("all", COSTS), ("all", newer)]
+
+
+def test_costs_that_change_at_every_step_take_half_a_percent_of_the_time(monkeypatch):
+    asked = watch_expect(monkeypatch)
+    ticks = itertools.count(step=10)  # asking takes 10 ns: once in 2000 ns, or four steps
+    metrics = Metrics(clock=lambda: next(ticks))
+    for index in range(41):
+        metrics.add(index, ONE, replace(COSTS, server_ns=index), None, **TIMES)
+    assert [costs.server_ns for _, costs in asked] == list(range(0, 41, 4))
+
+    metrics.add(41, ALL, COSTS, None, **TIMES)
+    assert asked[-1] == ("all", COSTS), "a new plan does not have to wait"
 
 
 def test_the_history_is_bounded():
