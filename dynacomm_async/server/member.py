@@ -9,7 +9,13 @@ from typing import Protocol
 
 from dynacomm_async.errors import DynaCommError, PlanError, RemoteProtocolError
 from dynacomm_async.ranges import Range
-from dynacomm_async.schedule.dispatch import OrderedDispatcher
+from dynacomm_async.schedule.dispatch import (
+    Dispatcher,
+    OrderedDispatcher,
+    Policy,
+    PriorityDispatcher,
+)
+from dynacomm_async.schedule.layout import Layout
 from dynacomm_async.transport.channel import Channel
 from dynacomm_async.wire.decoder import Arrival, Received
 from dynacomm_async.wire.grid import Grid
@@ -115,7 +121,7 @@ class Member:
         self._grid: Grid | None = None
         self._greeting: Welcome | None = None  # still to be sent, like the next one
         self._answer: Heartbeat | None = None
-        self._dispatcher: OrderedDispatcher | None = None
+        self._dispatcher: Dispatcher | None = None
         self._timing: Timing | None = None
         self._arrivals: list[tuple[int, int, int]] = []
         self._last_arrival_ns = 0
@@ -223,17 +229,13 @@ class Member:
             RemoteProtocolError: the plan does not cover every parameter cell once.
         """
         assert self._grid is not None
-        n_cells = self._grid.n_parameter_cells
         try:
-            dispatcher = OrderedDispatcher(
-                subscription.messages, n_cells=n_cells, barrier=subscription.barrier
-            )
+            self._dispatcher = _downlink(subscription, self._grid)
         except PlanError as error:
             raise RemoteProtocolError(f"subscription: {error}") from None
-        covered = sum(cells.count for message in subscription.messages for cells in message)
-        if covered != n_cells:
-            raise RemoteProtocolError(f"subscription covers {covered} cells, expected {n_cells}")
-        self._dispatcher = dispatcher
+        self.channel.limit_ahead(
+            None if subscription.policy is None else subscription.policy.cap_nbytes
+        )
         self.subscribed = subscription.version
 
     def _check_subscription(self, gradients: Gradients) -> None:
@@ -323,3 +325,22 @@ class Member:
                 await asyncio.shield(self._over)
         except TimeoutError:
             self.channel.abort()
+
+
+def _downlink(subscription: Subscription, grid: Grid) -> Dispatcher:
+    """Return the rule that a worker has asked for.
+
+    Raises:
+        PlanError: it is none, or does not cover every parameter cell once.
+    """
+    if subscription.policy is not None:
+        layout = Layout(4 * layer.count for layer in grid.layers)
+        return PriorityDispatcher(Policy(*subscription.policy), layout)
+    n_cells = grid.n_parameter_cells
+    dispatcher = OrderedDispatcher(
+        subscription.messages, n_cells=n_cells, barrier=subscription.barrier
+    )
+    covered = sum(cells.count for message in subscription.messages for cells in message)
+    if covered != n_cells:
+        raise PlanError(f"it covers {covered} cells, expected {n_cells}")
+    return dispatcher

@@ -58,7 +58,9 @@ class _Simulation:
         self._push = {self._cells_of(segment): segment for segment in plan.push}
         self._downlink = OrderedDispatcher(tuple(self._pull), n_cells=n_cells, barrier=True)
         self._downlink.ready(0, n_cells)
-        self._machine = StepMachine(self._layers, tuple(self._push))
+        self._machine = StepMachine(
+            self._layers, OrderedDispatcher(tuple(self._push), n_cells=n_cells)
+        )
         self._queue: list[tuple[int, int, Callable[[], None]]] = []
         self._n_events = 0
         self._now_ns = 0

@@ -78,6 +78,14 @@ class Channel(Protocol):
         """
         ...
 
+    def limit_ahead(self, nbytes: int | None) -> None:
+        """Keep no more than about so much in buffers that has not left: about one message.
+
+        What sits in a buffer cannot be overtaken any more. None: a few milliseconds' worth, which
+        costs fewer wake-ups.
+        """
+        ...
+
     def turn_deaf(self) -> None:
         """Drop whatever arrives from now on; sending goes on, for a last :class:`Error`."""
         ...

@@ -64,6 +64,9 @@ class MemoryChannel:
                 if self._error is not None:
                     raise self._error
 
+    def limit_ahead(self, nbytes: int | None) -> None:
+        """Nothing to limit: it holds one piece."""
+
     def turn_deaf(self) -> None:
         """See :meth:`dynacomm_async.transport.channel.Channel.turn_deaf`."""
         self._connection.turn_deaf()

@@ -85,6 +85,10 @@ class RecordedChannel:
         await self._channel.send(message, payload, back_to_back=back_to_back)
         self._log.take(message, True, start_ns, monotonic_ns(), sum(map(len, payload)))
 
+    def limit_ahead(self, nbytes: int | None) -> None:
+        """See :meth:`dynacomm_async.transport.channel.Channel.limit_ahead`."""
+        self._channel.limit_ahead(nbytes)
+
     async def close(self) -> None:
         """See :meth:`dynacomm_async.transport.channel.Channel.close`."""
         await self._channel.close()

@@ -44,6 +44,9 @@ HIGH_WATER_NBYTES = 64 * 1024
 NOTSENT_S = 0.005
 """What the kernel may hold that it has not sent yet, as time on the link."""
 
+LEAST_AHEAD_NBYTES = 16 * 1024
+"""The least that :meth:`TcpChannel.limit_ahead` leaves: a wake-up's worth on a fast link."""
+
 LEAST_NOTSENT_NBYTES, MOST_NOTSENT_NBYTES = 128 * 1024, 4 * 1024 * 1024
 """The same in bytes: at first and on slow links, and where several GB/s ask for fewer wake-ups."""
 
@@ -91,6 +94,8 @@ class TcpChannel(asyncio.BufferedProtocol):
         self._piece_nbytes = COPIED_PIECE_NBYTES
         self._socket: socket.socket
         self._notsent_nbytes = 0
+        self._ahead_nbytes: int | None = None
+        self._high_water_nbytes = HIGH_WATER_NBYTES
         self._gulp_nbytes = 1
         self._queued = 0  # sends that wait for their turn, or are in the middle of a large message
         self.peer = "nobody yet"
@@ -204,6 +209,23 @@ class TcpChannel(asyncio.BufferedProtocol):
 
     def _limit_notsent(self, nbytes: int) -> None:
         self._notsent_nbytes = nbytes
+        self._apply_limits()
+
+    def limit_ahead(self, nbytes: int | None) -> None:
+        """See :meth:`dynacomm_async.transport.channel.Channel.limit_ahead`."""
+        # Half of it in the kernel, so that with what the loop holds it is about a message.
+        ahead = None if nbytes is None else max(nbytes // 2, LEAST_AHEAD_NBYTES)
+        if ahead != self._ahead_nbytes and self._transport is not None:
+            self._ahead_nbytes = ahead
+            high = HIGH_WATER_NBYTES if ahead is None else min(HIGH_WATER_NBYTES, ahead)
+            self._high_water_nbytes = high
+            self._transport.set_write_buffer_limits(high=high)
+            self._apply_limits()
+
+    def _apply_limits(self) -> None:
+        nbytes = self._notsent_nbytes
+        if self._ahead_nbytes is not None:
+            nbytes = min(nbytes, self._ahead_nbytes)
         if _TCP_NOTSENT_LOWAT and self._socket.fileno() >= 0:
             self._socket.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, nbytes)
 
@@ -221,8 +243,8 @@ class TcpChannel(asyncio.BufferedProtocol):
 
     def _pause_if_forgotten(self, transport: asyncio.Transport) -> None:
         """Make up for a ``writelines`` that does not pause its protocol: setting limits does."""
-        if not self._paused and transport.get_write_buffer_size() > HIGH_WATER_NBYTES:
-            transport.set_write_buffer_limits(high=HIGH_WATER_NBYTES)
+        if not self._paused and transport.get_write_buffer_size() > self._high_water_nbytes:
+            transport.set_write_buffer_limits(high=self._high_water_nbytes)
 
     async def _send_pieces(self, head: bytes, payload: Sequence[memoryview]) -> None:
         transport = self._transport

@@ -28,6 +28,7 @@ from dynacomm_async.wire.grid import (
 from dynacomm_async.wire.messages import (
     MAX_ITEMS,
     PROTOCOL_VERSION,
+    DownPolicy,
     End,
     Error,
     Gradients,
@@ -62,6 +63,7 @@ __all__ = [
     "Arrival",
     "Connection",
     "Decoder",
+    "DownPolicy",
     "End",
     "Error",
     "Gradients",

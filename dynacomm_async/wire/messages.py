@@ -11,7 +11,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import msgpack
 
@@ -23,6 +23,7 @@ from dynacomm_async.wire.grid import MAX_FLOATS, LayerSpec
 __all__ = [
     "MAX_ITEMS",
     "PROTOCOL_VERSION",
+    "DownPolicy",
     "End",
     "Error",
     "Gradients",
@@ -50,8 +51,23 @@ read, so nested lists that only claim to be long must not cost much."""
 _MAX_ERROR_TEXT = 800
 """Characters; at four bytes each they fit into the limit on an error's header."""
 
+_SUBSCRIPTION = "[version, barrier, messages] or [version, policy]"
+_POLICY = "[cap or nil, threshold, whole layers, one layer]"
+
 Ranges: TypeAlias = tuple[Range, ...]
 Header: TypeAlias = dict[str, Any]
+
+
+class DownPolicy(NamedTuple):
+    """How the server makes messages up from the parameters that exist, front layers first.
+
+    The fields are those of :class:`dynacomm_async.schedule.dispatch.Policy`.
+    """
+
+    cap_nbytes: int | None
+    threshold_nbytes: int
+    whole_layers: bool
+    one_layer: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +77,15 @@ class Subscription:
     Attributes:
         version: the version of the parameters that is asked for.
         messages: each message is a run of ranges; together they cover every parameter cell once.
+            Empty where there is a policy.
         barrier: True: nothing of the version is sent before all of it exists.
+        policy: by which messages are made up as cells come to exist; None: ``messages`` holds.
     """
 
     version: int
-    messages: tuple[Ranges, ...]
-    barrier: bool = True
+    messages: tuple[Ranges, ...] = ()
+    barrier: bool = False
+    policy: DownPolicy | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,6 +375,8 @@ def _layer_rows(layers: tuple[LayerSpec, ...] | None) -> list[list[str | int]] |
 
 
 def _subscription_rows(subscription: Subscription) -> list[Any]:
+    if subscription.policy is not None:
+        return [subscription.version, list(subscription.policy)]
     return [subscription.version, subscription.barrier, subscription.messages]
 
 
@@ -509,12 +530,30 @@ def _subscription(header: Header) -> Subscription | None:
     row = header.get("subscribe")
     if row is None:
         return None
-    if not isinstance(row, list) or len(row) != 3 or not isinstance(row[2], list):
-        raise _wrong("subscribe", row, "[version, barrier, messages]")
-    version, barrier, messages = row
-    if type(version) is not int or version < 0 or not isinstance(barrier, bool):
-        raise _wrong("subscribe", row, "[version, barrier, messages]")
+    if not isinstance(row, list) or len(row) not in (2, 3):
+        raise _wrong("subscribe", row, _SUBSCRIPTION)
+    version = row[0]
+    if type(version) is not int or version < 0:
+        raise _wrong("subscribe", row, _SUBSCRIPTION)
+    if len(row) == 2:
+        return Subscription(version, policy=_policy(row[1]))
+    barrier, messages = row[1:]
+    if not isinstance(barrier, bool) or not isinstance(messages, list):
+        raise _wrong("subscribe", row, _SUBSCRIPTION)
     return Subscription(version, tuple(_ranges(message) for message in messages), barrier)
+
+
+def _policy(row: object) -> DownPolicy:
+    if not isinstance(row, list) or len(row) != 4:
+        raise _wrong("policy", row, _POLICY)
+    cap, threshold, whole_layers, one_layer = row
+    if cap is not None and (type(cap) is not int or cap < 1):
+        raise _wrong("policy", row, _POLICY)
+    if type(threshold) is not int or threshold < 0:
+        raise _wrong("policy", row, _POLICY)
+    if not isinstance(whole_layers, bool) or not isinstance(one_layer, bool):
+        raise _wrong("policy", row, _POLICY)
+    return DownPolicy(cap, threshold, whole_layers, one_layer)
 
 
 def _layers(header: Header) -> tuple[LayerSpec, ...] | None:

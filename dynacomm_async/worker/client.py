@@ -28,7 +28,7 @@ from dynacomm_async.ranges import Range
 from dynacomm_async.recording import ClockOffset, Planned, Recorder
 from dynacomm_async.schedule.costs import Costs
 from dynacomm_async.schedule.estimator import Estimator
-from dynacomm_async.schedule.plan import Plan
+from dynacomm_async.schedule.plan import AnyPlan, PolicyPlan
 from dynacomm_async.transport import Channel
 from dynacomm_async.wire.decoder import Arrival, Received
 from dynacomm_async.wire.grid import Grid
@@ -46,7 +46,7 @@ from dynacomm_async.wire.messages import (
     Timing,
     Welcome,
 )
-from dynacomm_async.worker.planning import Plans, push_messages, subscription
+from dynacomm_async.worker.planning import Plans, subscription, uplink
 from dynacomm_async.worker.step import (
     Compute,
     Instruction,
@@ -427,7 +427,7 @@ class Client:
     def _board(self) -> Board:
         return self._joined.board
 
-    def _open_step(self, step: int) -> Plan:
+    def _open_step(self, step: int) -> AnyPlan:
         training = self._joined
         plan = training.plans.plan(step)
         if plan.n_layers != len(training.layer_cells):
@@ -437,7 +437,7 @@ class Client:
             )
         self._machines[step] = StepMachine(
             training.layer_cells,
-            push_messages(plan, training.grid),
+            uplink(plan, training.grid),
             training.grid.statistics_cells,
         )
         if self._recorder is not None and training.plans.changes[-1][0] == step:
@@ -517,7 +517,8 @@ class Client:
     def _bind(self, step: int, send: Send) -> Gradients:
         if not send.first:
             return Gradients(step, send.cells)
-        plan = self._open_step(step + 1)
+        plan = self._joined.plans.plan_of(step)
+        self.channel.limit_ahead(plan.push.cap_nbytes if isinstance(plan, PolicyPlan) else None)
+        following = subscription(self._open_step(step + 1), step + 1, self._joined.grid)
         self._version = step + 1
-        following = subscription(plan, step + 1, self._joined.grid)
         return Gradients(step, send.cells, following, self._reports.pop(step, Report()))

@@ -5,26 +5,30 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Sequence
+from dataclasses import astuple
 from itertools import pairwise
 
 from dynacomm_async.ranges import Range
 from dynacomm_async.schedule.costs import Costs
+from dynacomm_async.schedule.dispatch import Dispatcher, OrderedDispatcher, PriorityDispatcher
 from dynacomm_async.schedule.estimator import Estimator
-from dynacomm_async.schedule.plan import Plan, Segment
+from dynacomm_async.schedule.layout import Layout
+from dynacomm_async.schedule.plan import AnyPlan, Plan, PolicyPlan, Segment
 from dynacomm_async.schedule.planners import find_planner
 from dynacomm_async.schedule.replan import Replan, describe_change, describe_estimate
 from dynacomm_async.schedule.robust import plan_robust, spread_of
 from dynacomm_async.schedule.timeline import evaluate
 from dynacomm_async.wire.grid import Grid
-from dynacomm_async.wire.messages import Subscription
+from dynacomm_async.wire.messages import DownPolicy, Subscription
 
 __all__ = [
     "WARMUP_STEPS",
     "AdaptivePlans",
     "FixedPlan",
     "Plans",
-    "push_messages",
     "subscription",
+    "uplink",
 ]
 
 _log = logging.getLogger("dynacomm_async.worker")
@@ -48,18 +52,18 @@ class Plans(ABC):
     """
 
     def __init__(self) -> None:
-        self.changes: list[tuple[int, Plan]] = []
+        self.changes: list[tuple[int, AnyPlan]] = []
         self.costs: Costs | None = None
         self.log: deque[Replan] = deque(maxlen=_LOG_LENGTH)
 
-    def plan(self, step: int) -> Plan:
+    def plan(self, step: int) -> AnyPlan:
         """Return the plan of ``step``; steps come in order."""
         plan = self._choose(step)
         if not self.changes or self.changes[-1][1] != plan:
             self.changes.append((step, plan))
         return plan
 
-    def plan_of(self, step: int) -> Plan:
+    def plan_of(self, step: int) -> AnyPlan:
         """Return the plan that was chosen for a step of the past."""
         return next(plan for first, plan in reversed(self.changes) if first <= step)
 
@@ -70,7 +74,7 @@ class Plans(ABC):
         """
 
     @abstractmethod
-    def _choose(self, step: int) -> Plan: ...
+    def _choose(self, step: int) -> AnyPlan: ...
 
 
 class AdaptivePlans(Plans):
@@ -98,9 +102,9 @@ class AdaptivePlans(Plans):
         self._robust = robust and strategy == "dynacomm"
         self._estimator = estimator
         self._n_layers = n_layers
-        self._current: Plan | None = None
+        self._current: AnyPlan | None = None
         self._current_costs: Costs | None = None  # which it was made for
-        self._followed: Plan | None = None  # what the log has come to
+        self._followed: AnyPlan | None = None  # what the log has come to
         self._followed_costs: Costs | None = None
 
     def refresh(self) -> None:
@@ -113,7 +117,7 @@ class AdaptivePlans(Plans):
         if current is None or (fresh != current and _is_worthwhile(fresh, current, costs)):
             self._current, self._current_costs = fresh, costs
 
-    def _make(self, costs: Costs) -> Plan:
+    def _make(self, costs: Costs) -> AnyPlan:
         if not self._robust:
             return self._planner(costs)
         estimator = self._estimator
@@ -121,7 +125,7 @@ class AdaptivePlans(Plans):
             costs, spread_of(estimator.down.rate_error), spread_of(estimator.up.rate_error)
         )
 
-    def _choose(self, step: int) -> Plan:
+    def _choose(self, step: int) -> AnyPlan:
         if step < WARMUP_STEPS:
             return _warmup_plan(step, self._n_layers)
         if self._current is None:
@@ -130,7 +134,7 @@ class AdaptivePlans(Plans):
             self._tell(step, self._current)
         return self._current
 
-    def _tell(self, step: int, plan: Plan) -> None:
+    def _tell(self, step: int, plan: AnyPlan) -> None:
         old, costs = self._followed_costs, self._current_costs
         assert costs is not None, "a plan is made for costs"
         if old is None:
@@ -151,34 +155,41 @@ class FixedPlan(Plans):
         fixed: the plan; may be set at any time and holds from the next choice on.
     """
 
-    def __init__(self, plan: Plan | None = None, *, n_layers: int | None = None) -> None:
+    def __init__(self, plan: AnyPlan | None = None, *, n_layers: int | None = None) -> None:
         super().__init__()
         self.fixed = plan
         self._n_layers = plan.n_layers if plan is not None else n_layers
 
-    def _choose(self, step: int) -> Plan:
+    def _choose(self, step: int) -> AnyPlan:
         if self.fixed is not None:
             return self.fixed
         assert self._n_layers is not None, "FixedPlan needs a plan or the number of layers"
         return _warmup_plan(step, self._n_layers)
 
 
-def subscription(plan: Plan, version: int, grid: Grid) -> Subscription:
+def subscription(plan: AnyPlan, version: int, grid: Grid) -> Subscription:
     """Return what to ask of the server for a plan's pull."""
-    messages = tuple((grid.layers_cells(s.first, s.last),) for s in plan.pull)
-    return Subscription(version, messages, barrier=True)
+    if isinstance(plan, PolicyPlan):
+        return Subscription(version, policy=DownPolicy(*astuple(plan.pull)))
+    return Subscription(version, _messages(plan.pull, grid), plan.barrier)
 
 
-def push_messages(plan: Plan, grid: Grid) -> list[tuple[Range, ...]]:
-    """Return the gradient messages of a plan's push, in the order to send."""
-    return [(grid.layers_cells(s.first, s.last),) for s in plan.push]
+def uplink(plan: AnyPlan, grid: Grid) -> Dispatcher:
+    """Return the rule by which a plan's gradients leave."""
+    if isinstance(plan, PolicyPlan):
+        return PriorityDispatcher(plan.push, Layout(4 * layer.count for layer in grid.layers))
+    return OrderedDispatcher(_messages(plan.push, grid), n_cells=grid.n_parameter_cells)
 
 
-def _promises(plan: Plan, costs: Costs) -> int:
+def _messages(segments: Sequence[Segment], grid: Grid) -> tuple[tuple[Range, ...], ...]:
+    return tuple((grid.layers_cells(s.first, s.last),) for s in segments)
+
+
+def _promises(plan: AnyPlan, costs: Costs) -> int:
     return evaluate(plan, costs).step_ns
 
 
-def _is_worthwhile(fresh: Plan, current: Plan, costs: Costs) -> bool:
+def _is_worthwhile(fresh: AnyPlan, current: AnyPlan, costs: Costs) -> bool:
     return 100 * _promises(fresh, costs) <= _WORTHWHILE_PERCENT * _promises(current, costs)
 
 

@@ -20,7 +20,7 @@ from typing import TypeAlias
 
 from dynacomm_async.errors import LocalProtocolError
 from dynacomm_async.ranges import Range
-from dynacomm_async.schedule.dispatch import OrderedDispatcher
+from dynacomm_async.schedule.dispatch import Dispatcher
 
 __all__ = [
     "Compute",
@@ -86,24 +86,21 @@ class StepMachine:
 
     Args:
         layers: the cells of each layer in forward order; together cells 0 .. n-1.
-        push: the gradient messages in the order to send; together every layer once.
+        uplink: the rule by which gradients leave; it has handed nothing out yet.
         statistics: cells that travel with the first gradient message (batch statistics).
-
-    Raises:
-        PlanError: the messages overlap or leave the model.
     """
 
     def __init__(
         self,
         layers: Sequence[Range],
-        push: Sequence[tuple[Range, ...]],
+        uplink: Dispatcher,
         statistics: Range | None = None,
     ) -> None:
         self._layers = layers
         self._missing = [cells.count for cells in layers]  # cells that have not arrived
         self._granted = 0  # layers whose forward may be computed, from the front
         self._computed = [False] * len(layers)
-        self._uplink = OrderedDispatcher(push, n_cells=layers[-1].first + layers[-1].count)
+        self._uplink = uplink
         self._statistics = statistics
         self._link_free = True
         self._sent_any = False

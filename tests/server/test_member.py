@@ -427,7 +427,7 @@ async def test_a_worker_by_hand_trains_to_the_right_result(toy, connect_raw):
         ("cells out of range", "expected ascending ranges within 0 to 9"),
         ("no subscription", "the first gradients of step 0 carry no subscription"),
         ("a subscription to another version", "step 0 subscribe to version 3"),
-        ("a subscription with holes", "subscription covers 1 cells, expected 7"),
+        ("a subscription with holes", "subscription: it covers 1 cells, expected 7"),
         ("two subscriptions", "gradients of step 0 subscribe to version 1"),
         ("a payload too short", "expected"),
         ("joining again", "may not send JOIN"),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from dynacomm_async.ranges import Range
 from dynacomm_async.wire import (
     Decoder,
+    DownPolicy,
     End,
     Error,
     Gradients,
@@ -34,9 +35,12 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 ranges = st.lists(st.builds(Range, numbers, st.integers(1, 2**40)), min_size=1, max_size=4).map(
     tuple
 )
+policies = st.builds(
+    DownPolicy, st.none() | st.integers(1, 2**40), numbers, st.booleans(), st.booleans()
+)
 subscriptions = st.builds(
     Subscription, versions, st.lists(ranges, max_size=3).map(tuple), st.booleans()
-)
+) | st.builds(Subscription, versions, policy=policies)
 layer_specs = st.integers(1, 10**6).flatmap(
     lambda count: st.builds(
         LayerSpec,

@@ -85,8 +85,13 @@ NOT_RANGES = [
     [[False, 1]], [["0", 1]], [{}], [7], [[0, 1], None], [[0, None]], [[[0, 1]]],
 ]  # fmt: skip
 NOT_SUBSCRIPTIONS = [
-    7, "", {}, [], [0, True], [0, True, [], 1], [-1, True, []], [True, True, []], [0, 1, []],
-    [0, None, []], [0.0, True, []], [0, True, None], [0, True, {}],
+    7, "", {}, [], [0], [-1, [None, 0, True, True]], [0, True, [], 1], [-1, True, []],
+    [True, True, []], [0, 1, []], [0, None, []], [0.0, True, []], [0, True, None], [0, True, {}],
+]  # fmt: skip
+NOT_POLICIES = [
+    True, [], [None, 0, True], [None, 0, True, True, 1], [0, 0, True, True], [1.0, 0, True, True],
+    [None, -1, True, True], [None, None, True, True], [None, 0, 1, True], [None, 0, True, None],
+    [True, 0, True, True],
 ]  # fmt: skip
 NOT_LAYERS = [7, "a", {}]
 NOT_LAYER_ROWS = [
@@ -118,6 +123,7 @@ WRONG_FIELDS: list[tuple[MessageKind, str, list[Any], str]] = [
     (MessageKind.JOIN, "kernels", NOT_TEXTS, "kernels is"),
     (MessageKind.JOIN, "subscribe", [None, *NOT_SUBSCRIPTIONS], "subscribe is"),
     (MessageKind.JOIN, "subscribe", [[0, True, [rows]] for rows in NOT_RANGES], "range"),
+    (MessageKind.JOIN, "subscribe", [[0, policy] for policy in NOT_POLICIES], "policy is"),
     (MessageKind.INITIAL, "ranges", NOT_RANGES, "range"),
     (MessageKind.PARAMETERS, "ranges", NOT_RANGES, "range"),
     (MessageKind.PARAMETERS, "timing", NOT_TIMINGS, "timing is"),

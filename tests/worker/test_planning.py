@@ -17,8 +17,8 @@ from dynacomm_async.worker.planning import (
     WARMUP_STEPS,
     AdaptivePlans,
     FixedPlan,
-    push_messages,
     subscription,
+    uplink,
 )
 
 
@@ -176,4 +176,7 @@ def test_a_plan_becomes_one_message_of_cells_per_segment_in_the_order_sent():
     assert asked.version == 7
     assert asked.barrier
     assert asked.messages == ((Range(0, 3),), (Range(3, 3),))
-    assert push_messages(plan, grid) == [(Range(2, 4),), (Range(0, 2),)]
+    pushed = uplink(plan, grid)
+    pushed.ready(0, 6)
+    assert [pushed.next(), pushed.next()] == [(Range(2, 4),), (Range(0, 2),)]
+    assert pushed.done

@@ -10,6 +10,7 @@ from hypothesis import given, settings, strategies as st
 
 from dynacomm_async.errors import LocalProtocolError, PlanError
 from dynacomm_async.ranges import Range
+from dynacomm_async.schedule import OrderedDispatcher
 from dynacomm_async.worker.step import (
     Compute,
     LayerComputed,
@@ -29,7 +30,7 @@ def computes(instructions, phase):
 
 
 def pulled_machine(push=LAYERWISE, statistics=None):
-    machine = StepMachine(LAYERS, push, statistics)
+    machine = StepMachine(LAYERS, OrderedDispatcher(push, n_cells=6), statistics)
     machine.handle(RangeArrived(Range(0, 6)))
     return machine
 
@@ -44,7 +45,7 @@ def test_whatever_the_order_of_arrival_layers_are_computed_in_order_once_they_ar
     pieces = [Range(a, b - a) for a, b in itertools.pairwise(bounds)]
     numbers.shuffle(pieces)
 
-    machine = StepMachine(layers, [(Range(0, 30),)])
+    machine = StepMachine(layers, OrderedDispatcher([(Range(0, 30),)], n_cells=30))
     arrived, forward, backward = set(), [], []
     for piece in pieces:
         instructions = machine.handle(RangeArrived(piece))
@@ -68,7 +69,7 @@ def test_whatever_the_order_of_gradients_and_link_events_messages_leave_whole_an
     order = list(layers)
     numbers.shuffle(order)
     push = [tuple(sorted(order[i : i + 2])) for i in range(0, 8, 2)]
-    machine = StepMachine(layers, push)
+    machine = StepMachine(layers, OrderedDispatcher(push, n_cells=8))
     machine.handle(RangeArrived(Range(0, 8)))
     gradients = list(range(8))
     numbers.shuffle(gradients)
@@ -137,7 +138,7 @@ def test_cells_that_arrive_twice_are_an_error(again):
 
 
 def test_a_gradient_before_all_parameters_is_an_error_and_changes_nothing():
-    machine = StepMachine(LAYERS, LAYERWISE)
+    machine = StepMachine(LAYERS, OrderedDispatcher(LAYERWISE, n_cells=6))
     machine.handle(RangeArrived(Range(0, 5)))
     with pytest.raises(LocalProtocolError, match="layer 2 is there before all parameters"):
         machine.handle(LayerComputed(2))
@@ -165,4 +166,4 @@ def test_a_gradient_twice_is_an_error():
 )
 def test_gradient_messages_that_overlap_or_leave_the_model_are_refused(push):
     with pytest.raises(PlanError):
-        StepMachine(LAYERS, push)
+        StepMachine(LAYERS, OrderedDispatcher(push, n_cells=6))
