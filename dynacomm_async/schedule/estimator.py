@@ -183,9 +183,10 @@ class LinkEstimator:
         self._n_fresh += 1
 
     def _look_for_change(self, observation: Observation) -> None:
-        # Judged by what was known before: a fit that has the first of the new times in its window
-        # would find them less strange.
-        fit = self._result() if self._n_fresh > _KEPT else self._fit
+        # Judged by an older fit, but for when nobody has asked for one in a long time.
+        if self._n_fresh >= self._n_window // 2:
+            self._refit()
+        fit = self._fit
         sign = _read_sign(observation, fit) if fit.known else None
         if sign is None:
             return
@@ -209,10 +210,13 @@ class LinkEstimator:
         self._refit()
 
     def _result(self) -> LinkFit:
-        n_observations = sum(map(len, self._kinds))
-        if self._n_fresh * _STALE_SHARE >= min(n_observations, _MESSAGES) and self._n_fresh:
+        if self._n_fresh and self._n_fresh * _STALE_SHARE >= self._n_window:
             self._refit()
         return self._fit
+
+    @property
+    def _n_window(self) -> int:
+        return min(sum(map(len, self._kinds)), _MESSAGES)
 
     def _refit(self) -> None:
         window = self._list_window()
@@ -271,13 +275,12 @@ def _find_change(signs: Sequence[_Sign]) -> list[_Sign]:
         ):
             return _list_alike(sudden)
     if len(signs) == _GRADUAL:
-        change = median(sign.change for sign in signs)
-        noise = median(sign.noise for sign in signs)
-        n_beyond = sum((sign.change > 0) == (change > 0) for sign in signs)
-        if n_beyond >= _GRADUAL - 1 and (
-            abs(change) >= max(_LEAST_GRADUAL, _NOISE_PER_GRADUAL * noise)
-        ):
-            return _list_alike(signs)
+        n_slower = sum(sign.change > 0 for sign in signs)
+        if not 1 < n_slower < _GRADUAL - 1:
+            change = median(sign.change for sign in signs)
+            noise = median(sign.noise for sign in signs)
+            if abs(change) >= max(_LEAST_GRADUAL, _NOISE_PER_GRADUAL * noise):
+                return _list_alike(signs)
     return []
 
 
