@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from dynacomm_async.addresses import parse_address
 from dynacomm_async.cli.children import Children, Event
@@ -58,6 +59,8 @@ class Comparison:
             link is shared, those of that one link.
         measured: by name, which steps of the first worker process counted.
         joined: everything that was recorded, if that was asked for.
+        explained_costs: the first worker process's link and layers, as text.
+        explained: by name, its plan and where the time of its steps went, as text.
     """
 
     costs: dict[str, Any] = field(default_factory=dict)
@@ -66,6 +69,8 @@ class Comparison:
     links: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     measured: dict[str, MeasuredSteps] = field(default_factory=dict)
     joined: Joined | None = None
+    explained_costs: str = ""
+    explained: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the command's JSON output."""
@@ -93,6 +98,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.png",
         help="draw one step of each strategy, predicted above measured",
     )
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="say where the time of the first worker's step went under each strategy",
+    )
     parser.add_argument("--json", action="store_true", help="print as JSON")
 
 
@@ -116,7 +126,18 @@ def command(args: argparse.Namespace) -> int:
         print_json(found.to_json())
     else:
         print_comparison(found)
+    if args.explain:
+        _print_explanations(found, sys.stderr if args.json else sys.stdout)
     return 0
+
+
+def _print_explanations(found: Comparison, stream: TextIO) -> None:
+    """Print the costs that all strategies share, then each strategy's story."""
+    sections = {"What a step costs the first worker process": found.explained_costs}
+    for name in found.strategies:
+        sections[f"Strategy {name}, as that worker saw it"] = found.explained[name]
+    for title, text in sections.items():
+        print(f"\n{title}\n{'=' * len(title)}\n{text}", file=stream)
 
 
 def parse_strategies(text: str) -> list[str]:
@@ -193,6 +214,7 @@ async def _compare(
                 entry = found.strategies.setdefault(event["strategy"], {})
                 entry.update(_judge(event, found.costs))
                 found.measured[event["strategy"]] = MeasuredSteps(event["rank"], event["counted"])
+                found.explained[event["strategy"]] = event["explanation"]
         elif event["event"] == "progress" and process == 0:
             progress.update(event["done"])
 
@@ -200,6 +222,7 @@ async def _compare(
         found.costs, *others = [tables[process]["costs"] for process in range(n_workers)]
         if others:
             found.costs["others"] = others
+        found.explained_costs = tables[0]["explanation"]
         if not all(event["known"] for event in tables.values()):
             say("the link is too fast or too uneven to be measured: its costs are guesses")
         if costs_file is not None:

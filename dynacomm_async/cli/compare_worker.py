@@ -25,7 +25,9 @@ from dynacomm_async.cli.main import run_child
 from dynacomm_async.cli.output import emit
 from dynacomm_async.cli.tracing import label_recorders
 from dynacomm_async.cli.workload import Workload, load_workload
+from dynacomm_async.observe import explain_layers, explain_link, explain_plan, explain_steps
 from dynacomm_async.schedule import Costs, Estimator, make_plan
+from dynacomm_async.schedule.account import LinkObserved, expect, summarise
 from dynacomm_async.transport import LoopThread
 from dynacomm_async.wire.grid import Grid
 from dynacomm_async.worker import (
@@ -37,6 +39,7 @@ from dynacomm_async.worker import (
     layer_specs,
     train,
 )
+from dynacomm_async.worker.metrics import Metrics
 
 __all__ = ["LEAST_STEPS", "main"]
 
@@ -57,6 +60,7 @@ class _Runner:
     plans: FixedPlan
     steps: Iterator[TrainedStep]
     rank: int
+    metrics: Metrics
     counted: list[int] = field(default_factory=list)
     step_s: list[float] = field(default_factory=list)
     compute_s: list[float] = field(default_factory=list)
@@ -119,26 +123,34 @@ def _work(specification: Mapping[str, Any]) -> int:
 
         run_blocks(_WARMUP, measure=False)
         numbers = {"workers": settings["workers"], "batch": settings["batch"]}
-        costs, known = io.submit(_take_costs(estimator, numbers)).result()
-        emit("costs", costs=costs.to_json(), known=known)
+        costs, link = io.submit(_take_costs(estimator, numbers)).result()
+        emit(
+            "costs",
+            costs=costs.to_json(),
+            known=link.known,
+            explanation=f"{explain_link(costs, link)}\n\n{explain_layers(costs)}",
+        )
         # The file is what counts: predictions must be reproducible from what it holds.
         costs = Costs.from_json(costs.to_json())
         for runner in runners:
+            runner.plans.costs = costs
             runner.plans.fixed = make_plan(runner.strategy, costs)
         for n_steps in _split(steps - _WARMUP, _BLOCKS):
             run_blocks(n_steps, measure=True)
         for runner in runners:
             for _ in runner.steps:
                 raise AssertionError("a run went on after its last step")
-            emit("measured", **_summary(runner))
+            emit("measured", **_summary(runner), explanation=_explain(runner, costs))
     return 0
 
 
-async def _take_costs(estimator: Estimator, numbers: Mapping[str, int]) -> tuple[Costs, bool]:
-    """Return the table, and whether the link is known; on the loop, which the estimator is of."""
+async def _take_costs(
+    estimator: Estimator, numbers: Mapping[str, int]
+) -> tuple[Costs, LinkObserved]:
+    """Return the table, and how the link is known; on the loop, which the estimator is of."""
     costs = estimator.costs(workers=numbers["workers"], batch=numbers["batch"], guess=True)
     assert costs is not None, "steps have been computed"
-    return costs, estimator.known
+    return costs, LinkObserved.by(estimator)
 
 
 def _make_plans(grid: Grid, estimator: Estimator) -> FixedPlan:
@@ -151,7 +163,7 @@ def _runner(strategy: str, session: Session, workload: Workload, slowdown: float
     steps = train(session, engine, lambda step: workload.batch(slot, step), slowdown=slowdown)
     plans = session.plans
     assert isinstance(plans, FixedPlan)
-    return _Runner(strategy, plans, steps, slot)
+    return _Runner(strategy, plans, steps, slot, session.metrics)
 
 
 def _split(n_steps: int, n_blocks: int) -> list[int]:
@@ -167,6 +179,16 @@ def _interval(values: Sequence[float]) -> list[float]:
     middle, reach = len(ordered) / 2, 0.98 * len(ordered) ** 0.5
     low, high = round(middle - reach), round(middle + reach)
     return [ordered[max(low, 1) - 1], ordered[min(high, len(ordered) - 1)]]
+
+
+def _explain(runner: _Runner, costs: Costs) -> str:
+    """Return the plan and where the time of the steps that count went, as text."""
+    assert runner.plans.fixed is not None
+    expectation = expect(runner.plans.fixed, costs)
+    counted = set(runner.counted)
+    steps = [account for account in runner.metrics.steps if account.index in counted]
+    told = explain_steps(summarise(steps), expectation, slot=runner.rank)
+    return f"{explain_plan(expectation)}\n\n{told}"
 
 
 def _summary(runner: _Runner) -> dict[str, Any]:

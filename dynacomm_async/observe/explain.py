@@ -269,17 +269,17 @@ def _bound_lines(bound: LowerBound, summary: Summary | None = None) -> list[str]
 
 def _hidden_lines(summary: Summary, busy_ns: int) -> list[str]:
     idle_ns = summary.idle_ns
-    line = f"{1 - idle_ns / busy_ns:.0%}: messages occupy the links {_ms(busy_ns)} a step"
-    if idle_ns <= busy_ns:
-        return [
-            f"{line}, both directions together;",
-            f"{_ms(busy_ns - idle_ns)} of that cost no time: without waiting for others the step "
-            f"is {_ms(idle_ns)} longer than its computing",
-        ]
+    saved_ns = busy_ns - idle_ns
+    balance = (
+        f"{_ms(saved_ns)} of that cost no time,"
+        if saved_ns >= 0
+        else f"latency costs {_ms(-saved_ns)} more than overlap saves,"
+    )
     return [
-        f"{line}, both directions together, but",
-        f"without waiting for others the step is {_ms(idle_ns)} longer than its computing: latency "
-        "costs more than overlap saves",
+        f"{1 - idle_ns / busy_ns:.0%}: messages occupy the links {_ms(busy_ns)} a step, both "
+        "directions together;",
+        f"{balance} for the step is {_ms(idle_ns)} longer than its",
+        "computing (waiting for other workers left out)",
     ]
 
 

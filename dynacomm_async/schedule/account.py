@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from dynacomm_async.errors import PlanError
 from dynacomm_async.schedule.costs import Costs
+from dynacomm_async.schedule.estimator import Estimator
 from dynacomm_async.schedule.plan import AnyPlan
 from dynacomm_async.schedule.replan import Replan
 from dynacomm_async.schedule.timeline import LowerBound, Timeline, evaluate, lower_bound_ns
@@ -177,6 +178,12 @@ class LinkObserved:
     known: bool
     n_down: int
     n_up: int
+
+    @classmethod
+    def by(cls, estimator: Estimator) -> LinkObserved:
+        """Return what an estimator has come to know."""
+        up, down = estimator.up, estimator.down
+        return cls(up.known and down.known, down.n_observed, up.n_observed)
 
 
 @dataclass(frozen=True, slots=True)

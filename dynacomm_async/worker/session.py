@@ -319,13 +319,8 @@ class Session:
         return self._measured()
 
     def _measured(self) -> tuple[Costs | None, LinkObserved]:
-        estimator = self.estimator
-        link = LinkObserved(
-            estimator.up.known and estimator.down.known,
-            estimator.down.n_observed,
-            estimator.up.n_observed,
-        )
-        return self.plans.costs or estimator.costs(guess=True), link
+        costs = self.plans.costs or self.estimator.costs(guess=True)
+        return costs, LinkObserved.by(self.estimator)
 
     async def _open(self) -> None:
         try:

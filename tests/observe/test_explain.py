@@ -161,11 +161,11 @@ def test_the_hidden_share_is_told_in_milliseconds_too():
     plan = Plan.from_cuts("mine", 3, [1], [2])
     some = flat(explain_worker(make_report(plan=plan, step_ns=50 * MS, stalled_ns=10 * MS)))
     assert "Hidden share 50%: messages occupy the links 28.00 ms a step" in some
-    assert "14.00 ms of that cost no time: without waiting for others the step is 14.00 ms" in some
+    assert "14.00 ms of that cost no time, for the step is 14.00 ms longer than its comp" in some
 
     none = flat(explain_worker(make_report(plan=plan, step_ns=78 * MS, stalled_ns=10 * MS)))
     assert "Hidden share -50%: messages occupy the links 28.00 ms" in none
-    assert "the step is 42.00 ms longer than its computing: latency costs more" in none
+    assert "latency costs 14.00 ms more than overlap saves, for the step is 42.00 ms longer" in none
 
 
 def test_the_others_stories_leave_out_what_is_alike():
