@@ -33,9 +33,10 @@ from dynacomm_async.errors import ConfigError
 from dynacomm_async.link.process import LinkProcess
 from dynacomm_async.observe import Joined, check_plotting
 from dynacomm_async.schedule import (
-    PLANNERS,
+    RUNNABLE,
     Costs,
     bound_of_all_ns,
+    check_runnable,
     evaluate,
     find_planner,
     forecast,
@@ -84,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--strategies",
         default="all",
         metavar="A,B,...",
-        help=f"all, or some of {','.join(PLANNERS)} (default: all)",
+        help=f"all, or some of {','.join(RUNNABLE)} (default: all)",
     )
     add_fleet_arguments(parser)
     parser.set_defaults(bandwidth="100mbit", delay="5ms")
@@ -146,9 +147,9 @@ def parse_strategies(text: str) -> list[str]:
     Raises:
         ConfigError: no such strategy, or one twice.
     """
-    names = list(PLANNERS) if text == "all" else [name.strip() for name in text.split(",")]
+    names = list(RUNNABLE) if text == "all" else [name.strip() for name in text.split(",")]
     for name in names:
-        find_planner(name)
+        check_runnable(name)
     if len(set(names)) < len(names):
         raise ConfigError(f"--strategies {text}: each strategy may be named once")
     return names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ from dynacomm_async.cli.timeline import draw_timeline
 from dynacomm_async.errors import ConfigError
 from dynacomm_async.observe import TimelineEntry, check_plotting, plot_timelines
 from dynacomm_async.schedule import (
+    NEEDS_POLICY,
     PLANNERS,
+    AnyPlan,
     Costs,
+    Timeline,
     bound_of_all_ns,
     evaluate,
     find_planner,
@@ -22,6 +26,8 @@ from dynacomm_async.schedule import (
 )
 
 __all__ = ["add_arguments", "command", "describe_plan", "read_costs"]
+
+_PHASES = ("forward_s", "backward_s")
 
 EXAMPLE = "dynacomm plan costs.json --strategy all"
 
@@ -66,10 +72,9 @@ def command(args: argparse.Namespace) -> int:
     rows = [
         [
             plan["strategy"],
-            str(len(plan["pull"])),
-            str(len(plan["push"])),
-            seconds(plan["forward_s"]),
-            seconds(plan["backward_s"]),
+            _count(plan, "pull"),
+            _count(plan, "push"),
+            *("-" if plan[key] is None else seconds(plan[key]) for key in _PHASES),
             seconds(plan["step_s"]),
             *([seconds(plan["wait_s"])] if costs.others else []),
             f"{plan['step_s'] / plan['lower_bound_s']:.3f}" if plan["lower_bound_s"] else "-",
@@ -108,17 +113,44 @@ def read_costs(path: Path) -> Costs:
 
 
 def describe_plan(strategy: str, costs: Costs) -> dict[str, Any]:
-    """Return a strategy's plan and what it promises, in seconds."""
+    """Return a strategy's plan and what it promises, in seconds.
+
+    Where the strategy needs no barrier between steps, the messages are those of the simulated
+    step, with what each carries as byte ranges, and ``plan`` is the rule that makes them.
+    """
     plan = find_planner(strategy)(costs)
     timeline = evaluate(plan, costs)
     run = forecast(find_planner(strategy), costs)
+    bound = bound_of_all_ns(costs)
     return {
         "strategy": strategy,
-        "pull": [[segment.first, segment.last] for segment in plan.pull],
-        "push": [[segment.first, segment.last] for segment in plan.push],
-        "forward_s": timeline.forward_ns / 1e9,
-        "backward_s": timeline.backward_ns / 1e9,
+        **(_list_messages(plan, timeline) if strategy in NEEDS_POLICY else plan.to_json()),
+        "forward_s": _seconds(None if strategy in NEEDS_POLICY else timeline.forward_ns),
+        "backward_s": _seconds(None if strategy in NEEDS_POLICY else timeline.backward_ns),
         "step_s": run.step_ns / 1e9,
         "wait_s": run.waits_ns[0] / 1e9,
-        "lower_bound_s": bound_of_all_ns(costs).step_ns / 1e9,
+        "lower_bound_s": bound.step_ns / 1e9,
+        "lower_bound": bound.name,
     }
+
+
+def _list_messages(plan: AnyPlan, timeline: Timeline) -> dict[str, Any]:
+    sent = sorted(timeline.transfers, key=lambda transfer: transfer.start_ns)
+    return {
+        "messages": [
+            {"direction": one.direction, "ranges": [list(part) for part in one.ranges]}
+            for one in sent
+        ],
+        "plan": plan.to_json(),
+    }
+
+
+def _seconds(duration_ns: int | None) -> float | None:
+    return None if duration_ns is None else duration_ns / 1e9
+
+
+def _count(plan: Mapping[str, Any], direction: str) -> str:
+    """How many messages go one way."""
+    if "messages" not in plan:
+        return str(len(plan[direction]))
+    return str([message["direction"] for message in plan["messages"]].count(direction))

@@ -5,11 +5,32 @@ measured durations give. Pure: standard library only, integer nanoseconds and by
 from __future__ import annotations
 
 from dynacomm_async.schedule.costs import Costs, LayerCosts
-from dynacomm_async.schedule.dispatch import OrderedDispatcher
+from dynacomm_async.schedule.crossing import Crossing
+from dynacomm_async.schedule.dispatch import (
+    Dispatcher,
+    OrderedDispatcher,
+    Policy,
+    PriorityDispatcher,
+)
 from dynacomm_async.schedule.estimator import Estimator, LayerTimes, LinkEstimator
 from dynacomm_async.schedule.forecast import Forecast, bound_of_all_ns, forecast
-from dynacomm_async.schedule.plan import Plan, Segment, cut_segments
-from dynacomm_async.schedule.planners import PLANNERS, find_planner, make_plan
+from dynacomm_async.schedule.layout import Layout
+from dynacomm_async.schedule.plan import (
+    AnyPlan,
+    Plan,
+    PolicyPlan,
+    Segment,
+    cut_segments,
+    read_plan,
+)
+from dynacomm_async.schedule.planners import (
+    NEEDS_POLICY,
+    PLANNERS,
+    RUNNABLE,
+    check_runnable,
+    find_planner,
+    make_plan,
+)
 from dynacomm_async.schedule.timeline import (
     Computation,
     LowerBound,
@@ -20,25 +41,36 @@ from dynacomm_async.schedule.timeline import (
 )
 
 __all__ = [
+    "NEEDS_POLICY",
     "PLANNERS",
+    "RUNNABLE",
+    "AnyPlan",
     "Computation",
     "Costs",
+    "Crossing",
+    "Dispatcher",
     "Estimator",
     "Forecast",
     "LayerCosts",
     "LayerTimes",
+    "Layout",
     "LinkEstimator",
     "LowerBound",
     "OrderedDispatcher",
     "Plan",
+    "Policy",
+    "PolicyPlan",
+    "PriorityDispatcher",
     "Segment",
     "Timeline",
     "Transfer",
     "bound_of_all_ns",
+    "check_runnable",
     "cut_segments",
     "evaluate",
     "find_planner",
     "forecast",
     "lower_bound_ns",
     "make_plan",
+    "read_plan",
 ]

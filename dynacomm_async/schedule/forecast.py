@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from dynacomm_async.schedule.costs import Costs
-from dynacomm_async.schedule.plan import Plan
+from dynacomm_async.schedule.plan import AnyPlan
 from dynacomm_async.schedule.timeline import LowerBound, evaluate, lower_bound_ns
 
 __all__ = ["Forecast", "bound_of_all_ns", "forecast", "split"]
@@ -47,7 +47,7 @@ def split(costs: Costs) -> tuple[Costs, ...]:
     return (replace(costs, others=()), *costs.others)
 
 
-def forecast(planner: Callable[[Costs], Plan], costs: Costs) -> Forecast:
+def forecast(planner: Callable[[Costs], AnyPlan], costs: Costs) -> Forecast:
     """Return the step of a run whose workers all follow ``planner``, each for its own costs."""
     return Forecast(tuple(evaluate(planner(own), own).step_ns for own in split(costs)))
 

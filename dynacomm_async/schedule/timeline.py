@@ -6,19 +6,26 @@ arrived whole. The backward pass follows without a stall, last layer first; a se
 when its last gradient exists and the uplink is free. Every message occupies its link for a fixed
 overhead beside its bytes. Latency occupies nothing: it delays what arrives, once each way. The
 server's time comes once, after the last push has arrived.
+
+Without a barrier a step is counted from the start of its backward pass to the end of the next
+forward pass, and the server's time comes once for each message; see
+:mod:`dynacomm_async.schedule.crossing`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import isqrt
 from typing import Literal, NamedTuple
 
 from dynacomm_async.errors import PlanError
 from dynacomm_async.schedule.costs import Costs
+from dynacomm_async.schedule.crossing import Crossing, Sent
+from dynacomm_async.schedule.layout import Layout
 from dynacomm_async.schedule.phase import earliest_ends_ns
-from dynacomm_async.schedule.plan import Plan, Segment
+from dynacomm_async.schedule.plan import AnyPlan, Plan, Segment
 
 __all__ = ["Computation", "LowerBound", "Timeline", "Transfer", "evaluate", "lower_bound_ns"]
 
@@ -33,29 +40,41 @@ class Computation(NamedTuple):
 
 
 class Transfer(NamedTuple):
-    """One message's occupation of its link, overhead included; it arrives a latency later."""
+    """One message's occupation of its link, overhead included; it arrives a latency later.
+
+    Attributes:
+        direction: of the message.
+        segment: the layers from the first to the last of which it carries something.
+        start_ns, end_ns: when it occupies the link.
+        ranges: what it carries, as (offset, nbytes) in the arena.
+    """
 
     direction: Literal["pull", "push"]
     segment: Segment
     start_ns: int
     end_ns: int
+    ranges: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """When everything in a step happens; times count from the start of the first pull.
+    """When everything in a step happens.
+
+    Times count from the start of the first pull, or without a barrier from that of the backward
+    pass.
 
     Attributes:
         step_ns: the whole step.
-        forward_ns: until the last layer's forward computation has ended.
-        backward_ns: the rest of the step.
+        forward_ns: until the last layer's forward computation has ended; None without a barrier.
+        backward_ns: the rest of the step; None without a barrier.
         computations: in the order in which they happen.
-        transfers: in the order in which they happen, pulls first.
+        transfers: all of one direction, then all of the other, as the step begins; each in the
+            order in which they happen.
     """
 
     step_ns: int
-    forward_ns: int
-    backward_ns: int
+    forward_ns: int | None
+    backward_ns: int | None
     computations: tuple[Computation, ...]
     transfers: tuple[Transfer, ...]
 
@@ -93,8 +112,8 @@ class LowerBound(NamedTuple):
     name: Literal["equal-rate", "any-rate", "shared-link"]
 
 
-def evaluate(plan: Plan, costs: Costs) -> Timeline:
-    """Return the timeline of a step under ``plan``. O(L).
+def evaluate(plan: AnyPlan, costs: Costs) -> Timeline:
+    """Return the timeline of a step under ``plan``. O(L), or O(K log K) for K messages.
 
     On a shared link (``costs.shared_link``) the N workers run in lockstep, so every transfer and
     every overhead takes N times as long.
@@ -106,6 +125,8 @@ def evaluate(plan: Plan, costs: Costs) -> Timeline:
         raise PlanError(
             f"the plan is for {plan.n_layers} layers, expected {len(costs.layers)} as in the costs"
         )
+    if not isinstance(plan, Plan) or not plan.barrier:
+        return _evaluate_crossing(plan, costs)
     pulls, forwards = _run_forward(plan, costs)
     forward_ns = forwards[-1].end_ns
     backwards, pushes = _run_backward(plan, costs, forward_ns)
@@ -117,6 +138,45 @@ def evaluate(plan: Plan, costs: Costs) -> Timeline:
         computations=(*forwards, *backwards),
         transfers=(*pulls, *pushes),
     )
+
+
+def _evaluate_crossing(plan: AnyPlan, costs: Costs) -> Timeline:
+    crossing = Crossing(costs)
+    pushed = crossing.push(plan)
+    pulled = crossing.pull(plan, pushed)
+    now_ns = 0
+    computations: list[Computation] = []
+    for layer in reversed(range(plan.n_layers)):
+        start_ns, now_ns = now_ns, now_ns + costs.layers[layer].backward_ns
+        computations.append(Computation("backward", layer, start_ns, now_ns))
+    for layer, arrival_ns in enumerate(crossing.arrivals_ns(pulled)):
+        start_ns = max(now_ns, arrival_ns)
+        now_ns = start_ns + costs.layers[layer].forward_ns
+        computations.append(Computation("forward", layer, start_ns, now_ns))
+    return Timeline(
+        step_ns=now_ns,
+        forward_ns=None,
+        backward_ns=None,
+        computations=tuple(computations),
+        transfers=(
+            *_describe("push", pushed, crossing.layout),
+            *_describe("pull", pulled, crossing.layout),
+        ),
+    )
+
+
+def _describe(
+    direction: Literal["pull", "push"], sent: Sequence[Sent], layout: Layout
+) -> Iterator[Transfer]:
+    for start_ns, end_ns, cells in sent:
+        ranges = []
+        for first, count in cells:
+            offset = layout.offset(first)
+            ranges.append((offset, layout.offset(first + count) - offset))
+        first_layer = layout.layer_of(min(first for first, _ in cells))
+        last_layer = layout.layer_of(max(first + count for first, count in cells) - 1)
+        segment = Segment(first_layer, last_layer)
+        yield Transfer(direction, segment, start_ns, end_ns, tuple(ranges))
 
 
 def lower_bound_ns(costs: Costs) -> LowerBound:
@@ -162,15 +222,26 @@ def _total_ns(events: Iterable[Computation | Transfer]) -> int:
     return sum(event.end_ns - event.start_ns for event in events)
 
 
+def _offsets(costs: Costs) -> list[int]:
+    return list(accumulate([layer.nbytes for layer in costs.layers], initial=0))
+
+
+def _bytes_of(segment: Segment, offsets: Sequence[int]) -> tuple[int, int]:
+    offset = offsets[segment.first]
+    return offset, offsets[segment.last + 1] - offset
+
+
 def _run_forward(plan: Plan, costs: Costs) -> tuple[list[Transfer], list[Computation]]:
     pulls: list[Transfer] = []
     forwards: list[Computation] = []
     link_ns = computed_ns = 0
+    offsets = _offsets(costs)
     for segment in plan.pull:
         layers = costs.layers[segment.first : segment.last + 1]
         sent_ns = costs.overhead_down_ns + sum(layer.pull_ns for layer in layers)
         start_ns, link_ns = link_ns, link_ns + sent_ns * costs.link_share
-        pulls.append(Transfer("pull", segment, start_ns, link_ns))
+        ranges = (_bytes_of(segment, offsets),)
+        pulls.append(Transfer("pull", segment, start_ns, link_ns, ranges))
         computed_ns = max(computed_ns, link_ns + costs.latency_down_ns)
         for index, layer in zip(segment.layers, layers, strict=True):
             start_ns, computed_ns = computed_ns, computed_ns + layer.forward_ns
@@ -184,6 +255,7 @@ def _run_backward(
     backwards: list[Computation] = []
     pushes: list[Transfer] = []
     link_ns = computed_ns
+    offsets = _offsets(costs)
     for segment in plan.push:
         layers = costs.layers[segment.first : segment.last + 1]
         for index, layer in zip(reversed(segment.layers), reversed(layers), strict=True):
@@ -192,7 +264,8 @@ def _run_backward(
         sent_ns = costs.overhead_up_ns + sum(layer.push_ns for layer in layers)
         start_ns = max(link_ns, computed_ns)
         link_ns = start_ns + sent_ns * costs.link_share
-        pushes.append(Transfer("push", segment, start_ns, link_ns))
+        ranges = (_bytes_of(segment, offsets),)
+        pushes.append(Transfer("push", segment, start_ns, link_ns, ranges))
     return backwards, pushes
 
 

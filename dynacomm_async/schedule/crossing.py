@@ -1,0 +1,236 @@
+"""A step across the step boundary: gradients still go up while new parameters come down.
+
+Backward of the last layer cannot begin before the forward pass has used every parameter, so both
+links are empty then, and a step is a finite problem: it begins with the backward pass and ends
+when the next forward pass has. A layer's gradient is ready when its backward has ended; its new
+parameters are ready at the server when the gradient has arrived and has been applied; its forward
+begins when they have arrived and the layer before has computed. Both links are driven by the very
+rules that workers and server follow (:mod:`dynacomm_async.schedule.dispatch`).
+
+Workers alike, each on a link of its own, run in lockstep and are one worker as far as this goes.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+from dynacomm_async.ranges import Range
+from dynacomm_async.schedule.costs import Costs
+from dynacomm_async.schedule.dispatch import (
+    Dispatcher,
+    OrderedDispatcher,
+    Policy,
+    PriorityDispatcher,
+)
+from dynacomm_async.schedule.layout import Layout
+from dynacomm_async.schedule.plan import AnyPlan, PolicyPlan, Segment
+
+__all__ = ["Crossing", "Sent"]
+
+
+class Sent(NamedTuple):
+    """One message's occupation of its link, overhead included; it arrives a latency later."""
+
+    start_ns: int
+    end_ns: int
+    cells: tuple[Range, ...]
+
+
+class Crossing:
+    """The step of one cost table, for as many plans as one likes.
+
+    Times count from the start of the backward pass. K messages take O(K log K).
+
+    Attributes:
+        layout: the cells of the layers.
+        n_simulated: how many messages have been simulated, as a measure of work.
+        computed_ns: when the backward pass ends.
+        tails_ns: of each layer, the forward pass from there to the end.
+    """
+
+    def __init__(self, costs: Costs) -> None:
+        layers, share = costs.layers, costs.link_share
+        self.n_simulated = 0
+        self.layout = layout = Layout([layer.nbytes for layer in layers])
+        ends = list(accumulate([layer.backward_ns for layer in reversed(layers)]))
+        self.computed_ns = ends[-1]
+        self.tails_ns = list(accumulate([layer.forward_ns for layer in reversed(layers)]))[::-1]
+        self._gradients = [
+            (end_ns, (layout.layers_cells(layer, layer),))
+            for layer, end_ns in zip(range(len(layers) - 1, -1, -1), ends, strict=True)
+        ]
+        self._to_server_ns = costs.latency_up_ns + costs.server_ns
+        self._to_worker_ns = costs.latency_down_ns
+        down_ns, up_ns = costs.overhead_down_ns * share, costs.overhead_up_ns * share
+        self._uplink = _Link(
+            layout,
+            [layer.push_ns * share for layer in layers],
+            up_ns,
+            # What has gone up must at least come down again before the rest of the forward pass.
+            [tail + self._to_server_ns + down_ns + self._to_worker_ns for tail in self.tails_ns],
+        )
+        self._downlink = _Link(
+            layout,
+            [layer.pull_ns * share for layer in layers],
+            down_ns,
+            [tail + self._to_worker_ns for tail in self.tails_ns],
+        )
+
+    def step_ns(self, plan: AnyPlan) -> int:
+        """Return how long a step takes under ``plan``."""
+        return self.end_ns(self.pull(plan, self.push(plan)))
+
+    def push(self, plan: AnyPlan) -> list[Sent]:
+        """Return the gradient messages, in the order sent."""
+        if isinstance(plan, PolicyPlan):
+            dispatcher: Dispatcher = PriorityDispatcher(plan.push, self.layout)
+        else:
+            dispatcher = self._ordered(plan.push, barrier=False)
+        return self._uplink.send(dispatcher, self._gradients)
+
+    def pull(self, plan: AnyPlan, pushed: Sequence[Sent]) -> list[Sent]:
+        """Return the parameter messages, in the order sent, after these gradients."""
+        if isinstance(plan, PolicyPlan):
+            dispatcher: Dispatcher = PriorityDispatcher(plan.pull, self.layout)
+        else:
+            dispatcher = self._ordered(plan.pull, barrier=plan.barrier)
+        return self._downlink.send(dispatcher, self._applied(pushed))
+
+    def try_push(self, policy: Policy, limit_ns: int) -> list[Sent] | None:
+        """Return the gradient messages that a policy makes; None: no step below the limit."""
+        sent = self._uplink.send(PriorityDispatcher(policy, self.layout), self._gradients, limit_ns)
+        self.n_simulated += len(sent)
+        return sent if self._uplink.least_ns(sent[-1:]) < limit_ns else None
+
+    def try_pull(self, policy: Policy, pushed: Sequence[Sent], limit_ns: int) -> int | None:
+        """Return the step with parameters sent by a policy; None: it is not below the limit."""
+        dispatcher = PriorityDispatcher(policy, self.layout)
+        sent = self._downlink.send(dispatcher, self._applied(pushed), limit_ns)
+        self.n_simulated += len(sent)
+        end_ns = self.end_ns(sent)
+        return end_ns if end_ns < limit_ns else None
+
+    def end_ns(self, pulled: Sequence[Sent]) -> int:
+        """Return when the forward pass ends, if these parameters come."""
+        return max(self.computed_ns + self.tails_ns[0], self._downlink.least_ns(pulled))
+
+    def arrivals_ns(self, pulled: Sequence[Sent]) -> list[int]:
+        """Return when each layer's parameters have all arrived."""
+        layer_of = self.layout.layer_of
+        arrivals_ns = [0] * self.layout.n_layers
+        for sent in pulled:
+            for first, count in sent.cells:
+                for layer in range(layer_of(first), layer_of(first + count - 1) + 1):
+                    arrivals_ns[layer] = sent.end_ns + self._to_worker_ns
+        return arrivals_ns
+
+    def _applied(self, pushed: Sequence[Sent]) -> list[tuple[int, tuple[Range, ...]]]:
+        """When new parameters are ready at the server."""
+        return [(sent.end_ns + self._to_server_ns, sent.cells) for sent in pushed]
+
+    def _ordered(self, segments: Sequence[Segment], *, barrier: bool) -> OrderedDispatcher:
+        messages = [(self.layout.layers_cells(s.first, s.last),) for s in segments]
+        return OrderedDispatcher(messages, n_cells=self.layout.n_cells, barrier=barrier)
+
+
+class _Link:
+    """One direction: how long messages occupy it, and what still follows them.
+
+    A part of a layer takes its share of the layer's time, rounded so that parts add up.
+
+    Args:
+        layout: the cells of the layers.
+        transfers_ns: of each layer.
+        overhead_ns: of each message.
+        remains_ns: of each layer: the least time from the end of a message that carries it to the
+            end of the step.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        transfers_ns: Sequence[int],
+        overhead_ns: int,
+        remains_ns: Sequence[int],
+    ) -> None:
+        self._firsts = layout.firsts
+        self._cell_nbytes = layout.cell_nbytes
+        self._sizes = list(map(int.__sub__, layout.offsets[1:], layout.offsets))
+        self._transfers_ns = transfers_ns
+        self._totals_ns = list(accumulate(transfers_ns, initial=0))
+        self._overhead_ns = overhead_ns
+        self._remains_ns = remains_ns
+
+    def send(
+        self,
+        dispatcher: Dispatcher,
+        arrivals: Sequence[tuple[int, tuple[Range, ...]]],
+        limit_ns: int | None = None,
+    ) -> list[Sent]:
+        """Let a rule send what arrives, given in the order of time; return its messages.
+
+        With a limit it stops after the first message with which the step cannot end before it.
+        """
+        sent: list[Sent] = []
+        free_ns = index = 0
+        while not dispatcher.done:
+            index = _feed(dispatcher, arrivals, index, free_ns)
+            cells = dispatcher.next()
+            if cells is None:
+                free_ns = arrivals[index][0]
+                continue
+            start_ns, free_ns = free_ns, free_ns + self._occupied_ns(cells)
+            sent.append(Sent(start_ns, free_ns, cells))
+            if limit_ns is not None and self._least_ns(sent[-1]) >= limit_ns:
+                break
+        return sent
+
+    def least_ns(self, sent: Sequence[Sent]) -> int:
+        """Return the least time at which a step with these messages ends."""
+        return max(map(self._least_ns, sent))
+
+    def _least_ns(self, sent: Sent) -> int:
+        # Of a message's layers the first one has the longest way to the end.
+        return sent.end_ns + self._remains_ns[bisect_right(self._firsts, sent.cells[0].first) - 1]
+
+    def _occupied_ns(self, cells: Sequence[Range]) -> int:
+        occupied_ns = self._overhead_ns
+        for first, count in cells:
+            occupied_ns += self._until_ns(first + count) - self._until_ns(first)
+        return occupied_ns
+
+    def _until_ns(self, cell: int) -> int:
+        """Return how long everything before a cell takes."""
+        layer = bisect_right(self._firsts, cell) - 1
+        within = cell - self._firsts[layer]
+        if not within:
+            return self._totals_ns[layer]
+        part_ns = self._transfers_ns[layer] * within * self._cell_nbytes // self._sizes[layer]
+        return self._totals_ns[layer] + part_ns
+
+
+def _feed(
+    dispatcher: Dispatcher,
+    arrivals: Sequence[tuple[int, tuple[Range, ...]]],
+    index: int,
+    now_ns: int,
+) -> int:
+    """Mark what has arrived as ready, neighbours at once; return the index of what is to come."""
+    begin = end = -1
+    while index < len(arrivals) and arrivals[index][0] <= now_ns:
+        for first, count in arrivals[index][1]:
+            if first == end:
+                end += count
+            elif first + count == begin:
+                begin = first
+            else:
+                if begin < end:
+                    dispatcher.ready(begin, end - begin)
+                begin, end = first, first + count
+        index += 1
+    if begin < end:
+        dispatcher.ready(begin, end - begin)
+    return index
