@@ -1,0 +1,101 @@
+"""Do both directions of a link have room at once, or do they take turns on one medium?
+
+While one direction is alone, a message takes what the link's overhead and rate say. On a
+half-duplex medium (Wi-Fi, most radio) it takes longer while the other direction is busy too: of
+that time the medium gives it about half. So the excess over what a message takes alone, divided by
+the time in which the other direction was busy, is about 0 on a full-duplex link and about 1/2 on a
+half-duplex one. A plan that crosses the boundary between steps gains nothing on the latter.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+
+from dynacomm_async.errors import PlanError
+
+__all__ = ["BusyTimes", "DuplexEstimator"]
+
+_HALF = 0.25
+"""An excess of this share of the shared time or more is a shared medium's."""
+
+_LEAST_SHARED_NS = 20_000_000
+"""Shared time without which nothing is said: jitter of single messages must not decide."""
+
+_OBSERVATIONS = 64
+_INTERVALS = 256
+
+
+class BusyTimes:
+    """When one direction was busy: intervals on one clock, in order, none overlapping."""
+
+    def __init__(self) -> None:
+        self._starts: deque[int] = deque(maxlen=_INTERVALS)
+        self._ends: deque[int] = deque(maxlen=_INTERVALS)
+
+    def add(self, start_ns: int, end_ns: int) -> None:
+        """Add an interval; one that begins where the last one ended extends it.
+
+        Raises:
+            PlanError: it ends before it begins, or begins before the last one ended.
+        """
+        if end_ns < start_ns or (self._ends and start_ns < self._ends[-1]):
+            raise PlanError(
+                f"busy from {start_ns} to {end_ns} ns, expected an interval after the last one"
+            )
+        if self._ends and start_ns == self._ends[-1]:
+            self._ends[-1] = end_ns
+        else:
+            self._starts.append(start_ns)
+            self._ends.append(end_ns)
+
+    def within(self, start_ns: int, end_ns: int) -> int:
+        """Return for how long it was busy between two times. O(log n) for n intervals, and more
+        for those inside."""
+        busy_ns = 0
+        for place in range(bisect_right(self._ends, start_ns), len(self._ends)):
+            begin = max(start_ns, self._starts[place])
+            end = min(end_ns, self._ends[place])
+            if begin >= end_ns:
+                break
+            busy_ns += end - begin
+        return busy_ns
+
+
+class DuplexEstimator:
+    """Tells a full-duplex link from a half-duplex one, by the messages of one direction.
+
+    Of the last 64 observations with shared time the sums count.
+    """
+
+    def __init__(self) -> None:
+        self._shared: deque[tuple[int, int]] = deque(maxlen=_OBSERVATIONS)  # excess, shared time
+
+    @property
+    def half(self) -> bool | None:
+        """Whether the link is half-duplex; None while too little was shared to tell."""
+        shared_ns = sum(shared for _, shared in self._shared)
+        if shared_ns < _LEAST_SHARED_NS:
+            return None
+        return sum(excess for excess, _ in self._shared) >= _HALF * shared_ns
+
+    def observe(self, expected_ns: int, elapsed_ns: int, shared_ns: int) -> None:
+        """Add what one message took.
+
+        Args:
+            expected_ns: what it takes while the other direction is idle.
+            elapsed_ns: what it took.
+            shared_ns: for how long of that the other direction was busy.
+
+        Raises:
+            PlanError: a negative time, or more shared time than elapsed; nothing is added.
+        """
+        if min(expected_ns, elapsed_ns, shared_ns) < 0 or shared_ns > elapsed_ns:
+            raise PlanError(
+                f"a message of {expected_ns} ns took {elapsed_ns} ns, {shared_ns} ns of it shared, "
+                "expected no negative time and a part of the time that it took"
+            )
+        if shared_ns:
+            # One message that something else held up must not outweigh all others.
+            excess_ns = min(elapsed_ns - expected_ns, shared_ns)
+            self._shared.append((excess_ns, shared_ns))

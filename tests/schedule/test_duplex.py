@@ -1,0 +1,94 @@
+"""Full or half duplex, told by a simulated medium."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from dynacomm_async.errors import PlanError
+from dynacomm_async.schedule.duplex import BusyTimes, DuplexEstimator
+
+MS = 10**6
+
+
+def share(seed: int, *, half: bool) -> list[tuple[int, int, int]]:
+    """Send messages both ways at once in slices of 0.1 ms; what the receiver of one way sees.
+
+    Returns for each message what it takes alone, what it took, and the time it shared.
+    """
+    numbers = random.Random(seed)
+    slice_ns = 100_000
+    ours = [numbers.randint(1, 60) for _ in range(30)]  # slices of each message, back to back
+    other_left = numbers.randint(sum(ours) // 2, 2 * sum(ours))
+    seen, now_ns = [], 0
+    for length in ours:
+        start_ns, shared_ns, left = now_ns, 0, length
+        while left:
+            both = other_left > 0
+            took_ns = slice_ns * (2 if half and both else 1)  # a turn each, or at the same time
+            if both:
+                shared_ns += took_ns
+                other_left -= 1
+            now_ns += took_ns
+            left -= 1
+        jitter_ns = numbers.randint(0, 300_000)
+        seen.append((length * slice_ns, now_ns - start_ns + jitter_ns, shared_ns))
+    return seen
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("seed", range(20))
+def test_a_medium_that_is_shared_is_told_from_one_that_is_not(seed: int, half: bool) -> None:
+    estimator = DuplexEstimator()
+    for observation in share(seed, half=half):
+        estimator.observe(*observation)
+    assert estimator.half is half
+
+
+def test_nothing_is_said_while_hardly_anything_was_shared() -> None:
+    estimator = DuplexEstimator()
+    assert estimator.half is None
+    for _ in range(100):
+        estimator.observe(10 * MS, 20 * MS, 0)
+    assert estimator.half is None
+    estimator.observe(10 * MS, 20 * MS, 19 * MS)
+    assert estimator.half is None
+    estimator.observe(1 * MS, 2 * MS, 1 * MS)
+    assert estimator.half is True
+
+
+def test_one_message_that_was_held_up_does_not_decide() -> None:
+    estimator = DuplexEstimator()
+    for _ in range(10):
+        estimator.observe(10 * MS, 10 * MS, 10 * MS)
+    estimator.observe(10 * MS, 900 * MS, 10 * MS)
+    assert estimator.half is False
+
+
+@pytest.mark.parametrize("times", [(-1, 1, 0), (1, -1, 0), (1, 1, -1), (1, 1, 2)])
+def test_times_that_cannot_be_are_refused(times: tuple[int, int, int]) -> None:
+    with pytest.raises(PlanError):
+        DuplexEstimator().observe(*times)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_busy_time_within_any_window_is_what_counting_gives(seed: int) -> None:
+    numbers = random.Random(seed)
+    busy, ticks, now = BusyTimes(), set(), 0
+    for _ in range(20):
+        start = now + numbers.choice([0, 0, numbers.randint(1, 5)])
+        now = start + numbers.randint(0, 5)
+        busy.add(start, now)
+        ticks |= set(range(start, now))
+    for _ in range(50):
+        first, last = sorted((numbers.randint(0, now + 3), numbers.randint(0, now + 3)))
+        assert busy.within(first, last) == len(ticks & set(range(first, last)))
+
+
+def test_intervals_come_in_order() -> None:
+    busy = BusyTimes()
+    busy.add(5, 9)
+    for start, end in ((8, 12), (20, 19)):
+        with pytest.raises(PlanError, match="expected an interval after the last one"):
+            busy.add(start, end)
