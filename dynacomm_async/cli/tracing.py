@@ -94,7 +94,7 @@ def label_recorders(specification: Mapping[str, Any]) -> Iterator[Mapping[str, R
 
     What was recorded is written there at the end of the block.
     """
-    if specification["trace"] is None:
+    if specification.get("trace") is None:
         yield {}
         return
     recorders = {name: Recorder(label=name) for name in specification["strategies"]}

@@ -32,7 +32,7 @@ def test_one_that_cannot_start_leaves_no_other_running(monkeypatch):
     started = []
 
     class Link:
-        def __init__(self, settings, to):
+        def __init__(self, settings, to, *, trace):
             self.fails = to.port == 10
 
         async def __aenter__(self):
