@@ -235,13 +235,10 @@ def _named_lines(named: Sequence[tuple[str, Sequence[str]]]) -> str:
 
 
 def _prediction_lines(summary: Summary, timeline: Timeline) -> list[str]:
-    predicted_ns = summary.predicted_ns
+    predicted_ns, note = summary.predicted_ns, ""
     if predicted_ns is None:
-        return [
-            f"{_ms(timeline.step_ns)} by what is known now;",
-            "the link was not known well enough while these steps ran",
-        ]
-    lines = [f"{_ms(predicted_ns)}, {_apart(predicted_ns, summary.median_ns)}"]
+        predicted_ns, note = timeline.step_ns, " (made afterwards, by the costs above)"
+    lines = [f"{_ms(predicted_ns)}, {_apart(predicted_ns, summary.median_ns)}{note}"]
     if summary.waited_ns > predicted_ns / 100:
         together_ns = predicted_ns + summary.waited_ns
         lines.append(
@@ -354,7 +351,8 @@ def _rate(costs: Costs, transfer_ns: Callable[[LayerCosts], int]) -> str:
     total_ns = sum(map(transfer_ns, costs.layers))
     if not total_ns:
         return "beyond measure"
-    return f"{sum(layer.nbytes for layer in costs.layers) * 8e3 / total_ns:.4g} Mbit/s"
+    mbit_per_s = sum(layer.nbytes for layer in costs.layers) * 8e3 / total_ns
+    return f"{mbit_per_s:,.0f} Mbit/s" if mbit_per_s >= 1000 else f"{mbit_per_s:.4g} Mbit/s"
 
 
 def _ms(value_ns: int) -> str:

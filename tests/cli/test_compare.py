@@ -162,3 +162,20 @@ def test_of_uneven_workers_the_slowest_sets_the_predicted_pace_and_the_others_wa
     result = call("compare", *quick, "--model=mlp", *link, "--strategies=layerwise")
     found = re.search(r"waiting for worker 1 under layerwise: worker 0 [0-9.]+ m?s", result.out)
     assert found, result.out
+
+
+def test_explain_tells_the_costs_once_and_the_story_of_each_strategy(run, quick):
+    options = ("--steps", "14", "--strategies", "sequential,layerwise", "--explain")
+    outcome = run("compare", *quick, *LINK, *options)
+    assert outcome.code == 0, outcome.err
+    table, costs, *stories = re.split(r"\n(?=[^\n]+\n=+\n)", outcome.out)
+    assert table.startswith("strategy ")
+    assert costs.count("Layer, in forward order") == 1
+    assert len(stories) == 2
+    for name, story in zip(("sequential", "layerwise"), stories, strict=True):
+        assert story.startswith(f"Strategy {name}")
+        assert f"Plan in use: {name}, " in story
+        assert "Layer, in forward order" not in story
+        for line in ("Measured step", "Predicted step", "Lower bound", "Hidden share"):
+            assert line in story
+    assert outcome.err == "" or "guesses" in outcome.err

@@ -64,6 +64,7 @@ def test_measured_costs_stay_with_the_thread_that_measures(server, monkeypatch, 
         "steps": compare_worker.LEAST_STEPS,
         "addresses": {"layerwise": str(server.address)},
         "slowdown": 1.0,
+        "trace": None,
     }
 
     assert compare_worker._work(specification) == 0

@@ -239,3 +239,18 @@ def test_an_embedded_server_has_no_settings_for_the_command(run, toy):
         thread.join()
     assert outcome.code == 1
     assert "not started by `dynacomm serve`" in outcome.complaint
+
+
+def test_both_ends_log_how_far_they_are_where_there_is_no_terminal(serve, work):
+    server = serve(workers=1)
+    worker = work(server, "--explain")
+    told = worker.finish()
+    log = server.program.finish().err
+
+    assert told.code == 0, told.err
+    steps = [line for line in log.splitlines() if line.startswith("step ")]
+    assert steps[-1].startswith(f"step {STEPS}/{STEPS}  loss ")
+    assert " ms" in steps[-1].split("  step ")[1]
+    assert f"step {STEPS}/{STEPS}  loss " in told.err
+    assert told.out.startswith("Worker 0 of 1: where the time of a step goes\n")
+    assert "Layer, in forward order" in told.out

@@ -95,3 +95,32 @@ def test_training_that_diverges_is_told_in_words_too(run, quick):
     outcome = run("train", *quick, "--model", "mlp", "--steps", "10", "--rate", "1e30")
     assert outcome.code == 0, outcome.err
     assert outcome.out.startswith("10 steps, loss -, test accuracy 0.")
+
+
+def test_explain_tells_the_first_worker_whole_and_the_others_in_brief(run, quick):
+    outcome = run("train", *quick, "--model", "mlp", "--steps", "12", "--explain")
+    assert outcome.code == 0, outcome.err
+    result, first, second = outcome.out.split("\nWorker ")
+    assert result.startswith("12 steps, loss ")
+    assert first.startswith("0 of 2: where the time of a step goes")
+    assert second.startswith("1 of 2: where the time of a step goes")
+    for text in (first, second):
+        assert "down (parameters)" in text
+        assert "Plan in use: " in text
+        assert "Measured step" in text
+        assert "waiting for other workers" in text
+    assert "Layer, in forward order" in first
+    assert "Layer, in forward order" not in second
+
+
+def test_explanations_do_not_mix_with_json(run, quick):
+    outcome = run("train", *quick, "--model", "mlp", "--steps", "8", "--json", "--explain")
+    assert outcome.code == 0, outcome.err
+    assert set(outcome.json) == KEYS
+    assert outcome.err.count("where the time of a step goes") == 2
+
+
+def test_without_a_terminal_progress_is_a_log(run, quick):
+    outcome = run("train", *quick, "--model", "mlp", "--steps", "20")
+    lines = [line for line in outcome.err.splitlines() if line.startswith("training: step ")]
+    assert [line.split()[2] for line in lines] == [f"{done}/20" for done in range(2, 21, 2)]

@@ -82,6 +82,14 @@ def test_a_guessed_link_and_a_shared_one_say_so():
     assert "shared by 2 workers" in text
 
 
+def test_a_fast_link_is_not_told_in_powers_of_ten():
+    layers = (LayerCosts("a", 10**9, 500 * MS, 1, 1, 10 * MS),)
+    text = explain_link(Costs(layers, overhead_up_ns=0, overhead_down_ns=0))
+
+    assert " 16,000 Mbit/s " in text
+    assert " 800,000 Mbit/s " in text
+
+
 def test_a_link_that_takes_no_time_has_no_rate():
     layers = (LayerCosts("a", 10, 0, 1, 1, 0),)
     text = explain_link(Costs(layers, overhead_up_ns=0, overhead_down_ns=0))
@@ -176,6 +184,18 @@ def test_the_others_stories_leave_out_what_is_alike():
     assert "conv2" not in brief
     assert "Measured step" in brief
     assert describe_plan(report.expectation.plan) in brief
+
+
+def test_a_prediction_that_could_not_be_made_in_time_says_so():
+    report = make_report(waited_ns=20 * MS)
+    summary = replace(report.summary, predicted_ns=None, busy_ns=None, bound=None)
+    text = flat(explain_worker(replace(report, summary=summary)))
+    predicted_ns = report.expectation.timeline.step_ns
+
+    assert f"Predicted step {predicted_ns / MS:.2f} ms," in text
+    assert "(made afterwards, by the costs above)" in text
+    assert f"with 20.00 ms of waiting for other workers {predicted_ns / MS + 20:.2f} ms" in text
+    assert "Hidden share" not in text
 
 
 def test_a_worker_that_was_last_itself_says_so():
