@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--delay", default="2ms", metavar="TIME", help="(default: 2ms)")
     parser.add_argument(
         "--strategies",
-        default=",".join(dc.RUNNABLE),
+        default=",".join(dc.PLANNERS),
         metavar="A,B",
         help="(default: all of %(default)s)",
     )

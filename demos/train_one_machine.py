@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, metavar="B", help="(default: 32)")
     parser.add_argument("--rate", type=float, default=0.02, metavar="R", help="(default: 0.02)")
     parser.add_argument(
-        "--strategy", default="dynacomm", choices=list(dc.RUNNABLE), help="(default: dynacomm)"
+        "--strategy", default="dynacomm", choices=list(dc.PLANNERS), help="(default: dynacomm)"
     )
     add_setting_arguments(parser)
     parser.set_defaults(bandwidth="100mbit", delay="2ms")

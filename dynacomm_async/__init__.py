@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     )
     from dynacomm_async.schedule import (
         PLANNERS as PLANNERS,
-        RUNNABLE as RUNNABLE,
         Costs as Costs,
         LayerCosts as LayerCosts,
         Plan as Plan,
@@ -91,7 +90,6 @@ _HOMES = {
     "recording": ["Recorder", "Recording", "read_recordings", "write_recordings"],
     "schedule": [
         "PLANNERS",
-        "RUNNABLE",
         "Costs",
         "LayerCosts",
         "Plan",

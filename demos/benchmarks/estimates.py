@@ -187,7 +187,7 @@ def main() -> None:
         epilog="example: python demos/benchmarks/estimates.py --strategies sequential,dynacomm",
     )
     parser.add_argument("--quick", action="store_true", help="one link only")
-    parser.add_argument("--strategies", default=",".join(dc.RUNNABLE), metavar="A,B")
+    parser.add_argument("--strategies", default=",".join(dc.PLANNERS), metavar="A,B")
     parser.add_argument("--model", default="lenet", help="see dynacomm models (default: lenet)")
     parser.add_argument("--steps", type=int, default=30, metavar="K", help="(default: 30)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

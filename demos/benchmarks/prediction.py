@@ -44,7 +44,7 @@ from dynacomm_async.cli import compare
 from dynacomm_async.cli.links import Fleet, fleet_from
 from dynacomm_async.errors import DynaCommError
 from dynacomm_async.link.units import parse_rate
-from dynacomm_async.schedule import RUNNABLE
+from dynacomm_async.schedule import PLANNERS
 
 sys.path.append(str(Path(__file__).parents[1]))
 import train_several_machines as several
@@ -213,8 +213,8 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print cells and summary as JSON")
     args = parser.parse_args()
     for strategy in args.strategies:
-        if strategy not in RUNNABLE:
-            parser.error(f"--strategies: no {strategy!r}; there are {', '.join(RUNNABLE)}")
+        if strategy not in PLANNERS:
+            parser.error(f"--strategies: no {strategy!r}; there are {', '.join(PLANNERS)}")
     os.environ.pop("OPENBLAS_CORETYPE", None)
     if args.netns and several.INSIDE not in os.environ and not several.can_isolate():
         parser.error("--netns needs root, ip, tc, unshare and setpriv (Linux)")

@@ -33,10 +33,9 @@ from dynacomm_async.errors import ConfigError
 from dynacomm_async.link.process import LinkProcess
 from dynacomm_async.observe import Joined, check_plotting
 from dynacomm_async.schedule import (
-    RUNNABLE,
+    PLANNERS,
     Costs,
     bound_of_all_ns,
-    check_runnable,
     evaluate,
     find_planner,
     forecast,
@@ -85,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--strategies",
         default="all",
         metavar="A,B,...",
-        help=f"all, or some of {','.join(RUNNABLE)} (default: all)",
+        help=f"all, or some of {','.join(PLANNERS)} (default: all)",
     )
     add_fleet_arguments(parser)
     parser.set_defaults(bandwidth="100mbit", delay="5ms")
@@ -147,9 +146,9 @@ def parse_strategies(text: str) -> list[str]:
     Raises:
         ConfigError: no such strategy, or one twice.
     """
-    names = list(RUNNABLE) if text == "all" else [name.strip() for name in text.split(",")]
+    names = list(PLANNERS) if text == "all" else [name.strip() for name in text.split(",")]
     for name in names:
-        check_runnable(name)
+        find_planner(name)
     if len(set(names)) < len(names):
         raise ConfigError(f"--strategies {text}: each strategy may be named once")
     return names

@@ -13,7 +13,7 @@ from dynacomm_async.cli.tracing import add_trace_argument
 from dynacomm_async.cli.train import train_locally
 from dynacomm_async.cli.workload import add_run_arguments, check_run
 from dynacomm_async.errors import ConfigError
-from dynacomm_async.schedule import RUNNABLE
+from dynacomm_async.schedule import PLANNERS
 
 __all__ = ["add_arguments", "command"]
 
@@ -60,9 +60,9 @@ def command(args: argparse.Namespace) -> int:
         f"a server and {args.workers} workers, each a process, behind emulated links "
         f"({args.bandwidth}, {args.delay} delay, {args.overhead} overhead a message)"
     )
-    say(f"1. {args.model} on {args.data} under {len(RUNNABLE)} strategies, in turns")
+    say(f"1. {args.model} on {args.data} under {len(PLANNERS)} strategies, in turns")
     short = argparse.Namespace(**{**vars(args), "steps": _COMPARED_STEPS, "epochs": None})
-    found = compare(short, list(RUNNABLE), fleet, costs_file=files["costs.json"])
+    found = compare(short, list(PLANNERS), fleet, costs_file=files["costs.json"])
     files["comparison.json"].write_text(to_json(found.to_json(), indent=1) + "\n")
     if not args.json:
         print_comparison(found)

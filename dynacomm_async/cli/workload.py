@@ -16,7 +16,7 @@ from dynacomm_async.errors import ConfigError
 from dynacomm_async.models import build
 from dynacomm_async.nn import Network
 from dynacomm_async.optim import parse_rule, parse_schedule
-from dynacomm_async.schedule import RUNNABLE, check_runnable
+from dynacomm_async.schedule import PLANNERS, find_planner
 from dynacomm_async.server import Training
 from dynacomm_async.worker import DEFAULT_STRATEGY
 
@@ -177,7 +177,7 @@ def add_strategy_argument(parser: argparse.ArgumentParser) -> None:
         "--strategy",
         default=DEFAULT_STRATEGY,
         metavar="NAME",
-        help=f"{', '.join(RUNNABLE)} (default: %(default)s)",
+        help=f"{', '.join(PLANNERS)} (default: %(default)s)",
     )
 
 
@@ -187,7 +187,7 @@ def settings_of(args: argparse.Namespace, strategy: str) -> dict[str, Any]:
     Raises:
         ConfigError: no such strategy or augmentation.
     """
-    check_runnable(strategy)
+    find_planner(strategy)
     augment = args.augment or ("shift:2" if args.data == "digits" else "none")
     parse_shift(augment)
     return {

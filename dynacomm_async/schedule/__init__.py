@@ -24,10 +24,8 @@ from dynacomm_async.schedule.plan import (
     read_plan,
 )
 from dynacomm_async.schedule.planners import (
-    NEEDS_POLICY,
+    CROSSING,
     PLANNERS,
-    RUNNABLE,
-    check_runnable,
     find_planner,
     make_plan,
 )
@@ -41,9 +39,8 @@ from dynacomm_async.schedule.timeline import (
 )
 
 __all__ = [
-    "NEEDS_POLICY",
+    "CROSSING",
     "PLANNERS",
-    "RUNNABLE",
     "AnyPlan",
     "Computation",
     "Costs",
@@ -65,7 +62,6 @@ __all__ = [
     "Timeline",
     "Transfer",
     "bound_of_all_ns",
-    "check_runnable",
     "cut_segments",
     "evaluate",
     "find_planner",

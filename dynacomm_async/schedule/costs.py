@@ -67,12 +67,14 @@ class Costs:
         workers: how many workers train together.
         batch: samples of one worker in one step, where known.
         shared_link: whether all workers share one medium; see :attr:`link_share`.
+        half_duplex: whether both directions take turns on one medium, so that nothing is gained
+            by using them at once.
         others: the tables of the other workers where they differ, none of which has others
             itself; empty: all workers are like this one.
 
     Raises:
-        PlanError: others with others or with other layers, no layers, two layers of one name, a number that is not an ``int`` or is too
-            small.
+        PlanError: others with others or with other layers, no layers, two layers of one name, a
+            number that is not an ``int`` or is too small.
     """
 
     layers: tuple[LayerCosts, ...]
@@ -84,6 +86,7 @@ class Costs:
     workers: int = 1
     batch: int | None = None
     shared_link: bool = False
+    half_duplex: bool = False
     others: tuple[Costs, ...] = ()
 
     def __post_init__(self) -> None:
@@ -98,6 +101,8 @@ class Costs:
             _check_int(self.batch, 1, "batch")
         if not isinstance(self.shared_link, bool):
             raise PlanError(f"shared_link is {_show(self.shared_link)}, expected True or False")
+        if not isinstance(self.half_duplex, bool):
+            raise PlanError(f"half_duplex is {_show(self.half_duplex)}, expected True or False")
         sizes = [layer.nbytes for layer in self.layers]
         for other in self.others:
             if other.others:
@@ -121,8 +126,8 @@ class Costs:
         Times are in seconds, rounded here to whole nanoseconds. ``overhead_s`` and ``layers`` are
         required; ``overhead_up_s`` and ``overhead_down_s`` override ``overhead_s`` for their
         direction; ``latency_up_s``, ``latency_down_s``, ``server_s``, ``workers``, ``batch``,
-        ``link`` (``"own"`` or ``"shared"``) and ``others`` (a list of such tables) are optional. Other keys are ignored, so that files
-        may carry notes.
+        ``link`` (``"own"`` or ``"shared"``), ``duplex`` (``"full"`` or ``"half"``) and ``others``
+        (a list of such tables) are optional. Other keys are ignored, so that files may carry notes.
 
         Raises:
             PlanError: anything else than such a table; the sentence names the layer and the key,
@@ -143,7 +148,8 @@ class Costs:
             server_ns=_read_ns(table, "server_s", where, 0),
             workers=_read_count(table, "workers", where, 1),
             batch=None if batch is None else _read_count(table, "batch", where),
-            shared_link=_read_link(table, where),
+            shared_link=_read_choice(table, "link", ("own", "shared"), where),
+            half_duplex=_read_choice(table, "duplex", ("full", "half"), where),
             others=tuple(cls.from_json(other) for other in _read_others(table, where)),
         )
 
@@ -162,6 +168,7 @@ class Costs:
             "server_s": self.server_ns / _NS_PER_S,
             "workers": self.workers,
             "link": "shared" if self.shared_link else "own",
+            "duplex": "half" if self.half_duplex else "full",
         }
         if self.batch is not None:
             table["batch"] = self.batch
@@ -263,11 +270,16 @@ def _read_others(table: Mapping[str, object], where: str) -> list[object]:
     return others
 
 
-def _read_link(table: Mapping[str, object], where: str) -> bool:
-    link = table.get("link", "own")
-    if link not in ("own", "shared"):
-        raise PlanError(f'{where}: link is {_show(link)}, expected "own" or "shared"')
-    return link == "shared"
+def _read_choice(
+    table: Mapping[str, object], key: str, choices: tuple[str, str], where: str
+) -> bool:
+    """Return whether it is the second of two choices; the first is the default."""
+    choice = table.get(key, choices[0])
+    if choice not in choices:
+        raise PlanError(
+            f'{where}: {key} is {_show(choice)}, expected "{choices[0]}" or "{choices[1]}"'
+        )
+    return choice == choices[1]
 
 
 def _write_layer(layer: LayerCosts) -> dict[str, object]:

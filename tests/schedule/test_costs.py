@@ -95,6 +95,7 @@ BAD_TABLES = {
     "null-workers": (make_table(workers=None), ["workers", "None"]),
     "batch-text": (make_table(batch="32"), ["batch", "'32'"]),
     "link-unknown": (make_table(link="wifi"), ["link", "'wifi'", "own", "shared"]),
+    "duplex-unknown": (make_table(duplex="both"), ["duplex", "'both'", "full", "half"]),
     "link-list": (make_table(link=[]), ["link", "[]"]),
     "layer-no-name": (drop_in_layer("name"), ["layer 1", "name", "missing"]),
     "layer-empty-name": (change_layer(name=""), ["layer 1", "name", "''"]),
@@ -143,6 +144,7 @@ def tables(draw: st.DrawFn) -> Costs:
         workers=draw(st.integers(1, 64)),
         batch=draw(st.none() | st.integers(1, 512)),
         shared_link=draw(st.booleans()),
+        half_duplex=draw(st.booleans()),
     )
 
 
@@ -167,6 +169,7 @@ def test_a_saved_table_is_read_back_exactly(costs: Costs) -> None:
         {"workers": 0},
         {"batch": 0},
         {"shared_link": 1},
+        {"half_duplex": 1},
     ],
     ids=str,
 )

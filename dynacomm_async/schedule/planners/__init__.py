@@ -10,19 +10,15 @@ from dynacomm_async.schedule.planners.layerwise import plan_layerwise
 from dynacomm_async.schedule.planners.priority import plan_priority
 from dynacomm_async.schedule.planners.sequential import plan_sequential
 from dynacomm_async.schedule.planners.table import (
-    NEEDS_POLICY,
+    CROSSING,
     PLANNERS,
-    RUNNABLE,
-    check_runnable,
     find_planner,
     make_plan,
 )
 
 __all__ = [
-    "NEEDS_POLICY",
+    "CROSSING",
     "PLANNERS",
-    "RUNNABLE",
-    "check_runnable",
     "find_planner",
     "keep_joint",
     "make_plan",

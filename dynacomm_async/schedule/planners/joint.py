@@ -60,9 +60,12 @@ _MOST_WORK = 8_000
 def plan_joint(costs: Costs) -> AnyPlan:
     """Return the best plan found, with or without a barrier between steps.
 
+    On a half-duplex link nothing is gained by using both directions at once: DynaComm's plan.
     Some hundred simulations, most of them cut short, O(K log K) each for K messages: tens of
     milliseconds for networks of a hundred layers.
     """
+    if costs.half_duplex:
+        return replace(plan_dynacomm(costs), strategy="joint")
     search = _Search(costs)
     search.run()
     return search.plan
@@ -77,6 +80,8 @@ def keep_joint(plan: AnyPlan, costs: Costs) -> AnyPlan:
         plan: from :func:`plan_joint`, for the same layers.
         costs: the newest.
     """
+    if costs.half_duplex:
+        return replace(plan_dynacomm(costs), strategy="joint")
     crossing = Crossing(costs)
     plain = replace(plan_dynacomm(costs), strategy="joint")
     return plan if crossing.step_ns(plan) < crossing.step_ns(plain) else plain

@@ -17,7 +17,7 @@ from dynacomm_async.schedule.planners.layerwise import plan_layerwise
 from dynacomm_async.schedule.planners.priority import plan_priority
 from dynacomm_async.schedule.planners.sequential import plan_sequential
 
-__all__ = ["NEEDS_POLICY", "PLANNERS", "RUNNABLE", "check_runnable", "find_planner", "make_plan"]
+__all__ = ["CROSSING", "PLANNERS", "find_planner", "make_plan"]
 
 PLANNERS: Mapping[str, Callable[[Costs], AnyPlan]] = MappingProxyType(
     {
@@ -32,25 +32,8 @@ PLANNERS: Mapping[str, Callable[[Costs], AnyPlan]] = MappingProxyType(
 )
 """Every strategy by its name; those with a barrier between steps first, from the plainest on."""
 
-NEEDS_POLICY = frozenset({"priority", "joint"})
-"""The strategies whose plans may be policies: what runs them must have no barrier."""
-
-RUNNABLE = tuple(name for name in PLANNERS if name not in NEEDS_POLICY)
-"""The strategies that servers and workers can follow."""
-
-
-def check_runnable(strategy: str) -> None:
-    """Do nothing if servers and workers can follow this strategy.
-
-    Raises:
-        ConfigError: there is no such strategy, or it can only be planned with.
-    """
-    find_planner(strategy)
-    if strategy not in RUNNABLE:
-        raise ConfigError(
-            f"strategy {strategy} can be planned but not run, expected one of {', '.join(RUNNABLE)}"
-        )
-
+CROSSING = frozenset({"priority", "joint"})
+"""The strategies whose plans may cross the boundary between steps, for want of a barrier."""
 
 def find_planner(strategy: str) -> Callable[[Costs], AnyPlan]:
     """Return the planner of that name.
