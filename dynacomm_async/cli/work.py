@@ -99,6 +99,7 @@ class _News:
     def __init__(self, session: Session, events: bool) -> None:
         self._session = session
         self._events = events
+        self._names = [spec.name for spec in session.grid.layers]
         self._told = -1  # the newest step whose change of plan was told
         self._emitted = 0.0
 
@@ -118,7 +119,8 @@ class _News:
     def _tell_plans(self) -> None:
         for replan in tuple(self._session.plans.log):
             if replan.step > self._told:
-                say(f"from step {replan.step} on {describe_plan(replan.after)}: {replan.reason}")
+                plan = describe_plan(replan.after, self._names)
+                say(f"from step {replan.step} on {plan}, because of {replan.reason}")
                 self._told = replan.step
 
 

@@ -6,6 +6,7 @@ Every number has a name and a unit. Nothing is measured or planned here: the val
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 
 from dynacomm_async.schedule.account import (
@@ -16,7 +17,7 @@ from dynacomm_async.schedule.account import (
 )
 from dynacomm_async.schedule.costs import Costs, LayerCosts
 from dynacomm_async.schedule.dispatch import Policy
-from dynacomm_async.schedule.plan import AnyPlan, PolicyPlan
+from dynacomm_async.schedule.plan import AnyPlan, PolicyPlan, Segment
 from dynacomm_async.schedule.replan import Replan
 from dynacomm_async.schedule.timeline import LowerBound, Timeline, Transfer
 
@@ -34,6 +35,9 @@ _MOST_LAYERS = 25
 
 _MOST_MESSAGES = 12
 """Rows of each direction in the table of messages; of more the middle is left out."""
+
+_MOST_NAMED = 6
+"""Messages of a direction that are named by their layers in one line."""
 
 _MOST_CHANGES = 12
 """Changes of plan that are listed; of more the newest."""
@@ -68,14 +72,16 @@ def explain_worker(report: WorkerReport, *, brief: bool = False) -> str:
     if expectation is None:
         sections.append("No step has been computed, so there is nothing to explain.")
         return "\n\n".join(sections)
+    names = [layer.name for layer in expectation.costs.layers]
     sections.append(explain_link(expectation.costs, report.link))
     if brief:
-        sections.append(f"Plan in use: {describe_plan(expectation.plan)}")
+        plan = describe_plan(expectation.plan, names)
+        sections.append("\n".join(_wrap(f"Plan in use: {plan}", "")))
     else:
         sections.append(explain_layers(expectation.costs))
         sections.append(explain_plan(expectation))
     sections.append(explain_steps(report.summary, expectation, slot=report.slot))
-    sections.append(_explain_replans(report.replans))
+    sections.append(_explain_replans(report.replans, names))
     return "\n\n".join(sections)
 
 
@@ -205,16 +211,32 @@ def explain_steps(summary: Summary | None, expectation: Expectation, *, slot: in
     return f"{_named_lines(named)}\n\n{_parts_table(summary, slot)}"
 
 
-def describe_plan(plan: AnyPlan) -> str:
-    """Return a plan in one line: who made it, and its messages each way, or the rule for them."""
+def describe_plan(plan: AnyPlan, names: Sequence[str] = ()) -> str:
+    """Return a plan in one line: who made it, and its messages each way, or the rule for them.
+
+    Args:
+        names: of the layers; with them a plan of few messages tells the layers of each.
+    """
     if isinstance(plan, PolicyPlan):
         return (
             f"{plan.strategy}, front layers first and without a barrier between steps: "
             f"pushes {_describe_policy(plan.push)}, pulls {_describe_policy(plan.pull)}"
         )
-    pulls, pushes = _count(len(plan.pull), "pull"), _count(len(plan.push), "push")
+    pulls = _describe_segments(plan.pull, "pull", names)
+    pushes = _describe_segments(plan.push, "push", names)
     barrier = "" if plan.barrier else ", each pull as soon as it can be"
     return f"{plan.strategy}, {pulls} and {pushes} a step{barrier}"
+
+
+def _describe_segments(segments: Sequence[Segment], word: str, names: Sequence[str]) -> str:
+    text = _count(len(segments), word)
+    if not names or len(segments) > _MOST_NAMED:
+        return text
+    runs = []
+    for first, last in ((each.first, each.last) for each in segments):
+        start, end = (first, last) if word == "pull" else (last, first)
+        runs.append(names[start] if start == end else f"{names[start]}..{names[end]}")
+    return f"{text} ({', '.join(runs)})"
 
 
 def _describe_policy(policy: Policy) -> str:
@@ -270,10 +292,10 @@ def _hidden_lines(summary: Summary, busy_ns: int) -> list[str]:
     balance = (
         f"{_ms(saved_ns)} of that cost no time,"
         if saved_ns >= 0
-        else f"latency costs {_ms(-saved_ns)} more than overlap saves,"
+        else f"latency and other pauses cost {_ms(-saved_ns)} more than overlap saves,"
     )
     return [
-        f"{1 - idle_ns / busy_ns:.0%}: messages occupy the links {_ms(busy_ns)} a step, both "
+        f"{_percent(1 - idle_ns / busy_ns)}: messages occupy the links {_ms(busy_ns)} a step, both "
         "directions together;",
         f"{balance} for the step is {_ms(idle_ns)} longer than its",
         "computing (waiting for other workers left out)",
@@ -302,18 +324,22 @@ def _who_is_last(summary: Summary, slot: int) -> str:
     return f"worker {last} was last in {n} of {summary.n_steps} steps"
 
 
-def _explain_replans(replans: Sequence[Replan]) -> str:
+def _explain_replans(replans: Sequence[Replan], names: Sequence[str]) -> str:
     if not replans:
         return "Changes of plan: none"
     shown = replans[-_MOST_CHANGES:]
     title = f"Changes of plan: {len(replans)}"
     lines = [title if len(shown) == len(replans) else f"{title}, the last {len(shown)}:"]
     for replan in shown:
+        before, after = describe_plan(replan.before, names), describe_plan(replan.after, names)
+        gain = 1 - replan.after_ns / max(replan.before_ns, 1)
         lines += [
-            f"  from step {replan.step}: {describe_plan(replan.after)}",
-            f"    because: {replan.reason}",
-            f"    promised: a step of {_ms(replan.after_ns)}, with the plan before "
-            f"{_ms(replan.before_ns)}",
+            *_wrap(f"from step {replan.step} on, because of {replan.reason}:", "  "),
+            *_wrap(f"old plan: {before}, predicted step {_ms(replan.before_ns)}", "    "),
+            *_wrap(
+                f"new plan: {after}, predicted step {_ms(replan.after_ns)} ({_percent(gain)} less)",
+                "    ",
+            ),
         ]
     return "\n".join(lines)
 
@@ -357,6 +383,15 @@ def _rate(costs: Costs, transfer_ns: Callable[[LayerCosts], int]) -> str:
 
 def _ms(value_ns: int) -> str:
     return f"{value_ns / 1e6:,.2f} ms"
+
+
+def _percent(share: float) -> str:
+    """Return whole percents; none of them is -0."""
+    return f"{round(100 * share)}%"
+
+
+def _wrap(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(text, 100, initial_indent=indent, subsequent_indent=f"{indent}  ")
 
 
 def _size(nbytes: int) -> str:
