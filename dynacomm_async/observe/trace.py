@@ -18,8 +18,13 @@ from dynacomm_async.recording import Passed
 
 __all__ = ["trace_of"]
 
-_PLANS, _STEPS, _COMPUTE, _MESSAGES = 1, 2, 3, 4
-"""Threads of a worker; the first is the server's updates. Messages take two for each rank."""
+_UPDATES = _PLANS = 1
+_STEPS, _COMPUTE, _MESSAGES = 2, 3, 4
+"""Tracks of a process, in the order in which viewers show them. Messages take two for each rank."""
+
+_TRACKS = 10_000
+"""A thread's number is that of its track, with the process in front: viewers take a thread that has
+its process's number for the main one."""
 
 
 @dataclass(slots=True)
@@ -35,6 +40,7 @@ class _Span:
     args: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
+        """Return the event."""
         return {
             "name": self.name,
             "cat": self.category,
@@ -97,6 +103,7 @@ class _Builder:
                 self._tables[party.label] = party.recording.layers
 
     def events(self) -> list[dict[str, Any]]:
+        """Return all events in order."""
         for pid, party in enumerate(self._joined.parties, 1):
             if party.recording.role == "worker":
                 self._add_work(pid, party)
@@ -124,7 +131,7 @@ class _Builder:
         for (step, start_ns), end_ns in zip(begins.items(), edges[1:], strict=True):
             self._span(pid, _STEPS, "steps", start_ns, end_ns, f"step {step}", "step", {})
         for change in recording.planned:
-            self._threads.setdefault((pid, _PLANS), "plans")
+            thread = self._thread(pid, _PLANS, "plans")
             self._instants.append(
                 {
                     "name": f"{change.plan.get('strategy', 'plan')} from step {change.step}",
@@ -133,7 +140,7 @@ class _Builder:
                     "s": "p",
                     "ts": _eighths(change.at_ns + shift_ns) / 8,
                     "pid": pid,
-                    "tid": _PLANS,
+                    "tid": thread,
                     "args": {"from_step": change.step, "plan": change.plan},
                 }
             )
@@ -145,7 +152,7 @@ class _Builder:
             name = f"update {_name_layers([(update.first_cell, update.n_cells)], layers)}"
             start_ns = update.start_ns + party.shift_ns
             end_ns = update.end_ns + party.shift_ns
-            self._span(pid, 1, "update", start_ns, end_ns, name, "update", args)
+            self._span(pid, _UPDATES, "update", start_ns, end_ns, name, "update", args)
 
     def _add_crossing(self, crossing: Crossing) -> None:
         """Add a message wherever it was recorded."""
@@ -205,7 +212,7 @@ class _Builder:
     def _span(
         self,
         pid: int,
-        tid: int,
+        track: int,
         thread: str,
         start_ns: int,
         end_ns: int,
@@ -213,10 +220,16 @@ class _Builder:
         category: str,
         args: dict[str, Any],
     ) -> _Span:
-        self._threads.setdefault((pid, tid), thread)
+        tid = self._thread(pid, track, thread)
         span = _Span(pid, tid, _eighths(start_ns), _eighths(end_ns), name, category, args)
         self._spans.append(span)
         return span
+
+    def _thread(self, pid: int, track: int, name: str) -> int:
+        """Return the number of a thread and remember its name."""
+        tid = pid * _TRACKS + track
+        self._threads.setdefault((pid, tid), name)
+        return tid
 
     def _part(self) -> None:
         """Keep the spans of a track apart, and let none vanish: viewers would not show it."""
