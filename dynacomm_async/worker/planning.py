@@ -36,6 +36,8 @@ _log = logging.getLogger("dynacomm_async.worker")
 WARMUP_STEPS = 3
 """Steps with different cuts, so that rate and overhead of the link can be told apart."""
 
+_WARMUP = "warm-up"
+
 _WORTHWHILE_PERCENT = 98
 """A new plan replaces the old one only if it promises at most this much of its step time."""
 
@@ -175,10 +177,18 @@ def subscription(plan: AnyPlan, version: int, grid: Grid) -> Subscription:
 
 
 def uplink(plan: AnyPlan, grid: Grid) -> Dispatcher:
-    """Return the rule by which a plan's gradients leave."""
+    """Return the rule by which a plan's gradients leave.
+
+    In a warm-up step they are held back until all are there, so that the messages leave back to
+    back: where computing takes longer than sending none would otherwise tell its overhead.
+    """
     if isinstance(plan, PolicyPlan):
         return PriorityDispatcher(plan.push, Layout(4 * layer.count for layer in grid.layers))
-    return OrderedDispatcher(_messages(plan.push, grid), n_cells=grid.n_parameter_cells)
+    return OrderedDispatcher(
+        _messages(plan.push, grid),
+        n_cells=grid.n_parameter_cells,
+        barrier=plan.strategy == _WARMUP,
+    )
 
 
 def _messages(segments: Sequence[Segment], grid: Grid) -> tuple[tuple[Range, ...], ...]:
@@ -195,7 +205,7 @@ def _is_worthwhile(fresh: AnyPlan, current: AnyPlan, costs: Costs) -> bool:
 
 def _warmup_plan(step: int, n_layers: int) -> Plan:
     n_parts = (n_layers, 1, max(1, (n_layers + 1) // 2))[step % WARMUP_STEPS]
-    return _equal_parts("warm-up", n_layers, n_parts)
+    return _equal_parts(_WARMUP, n_layers, n_parts)
 
 
 def _equal_parts(name: str, n_layers: int, n_parts: int) -> Plan:
