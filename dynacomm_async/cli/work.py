@@ -120,7 +120,7 @@ class _News:
         for replan in tuple(self._session.plans.log):
             if replan.step > self._told:
                 plan = describe_plan(replan.after, self._names)
-                say(f"from step {replan.step} on {plan}, because of {replan.reason}")
+                say(f"from step {replan.step} on {plan} ({replan.reason})")
                 self._told = replan.step
 
 

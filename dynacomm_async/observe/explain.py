@@ -165,7 +165,7 @@ def explain_plan(expectation: Expectation) -> str:
             cells[half : len(cells) - half + 1] = [[left_out, "", "", "", "", ""]]
         rows += cells
     header = ["Message", "layers", "size", "begins", "has left", "arrives"]
-    lines = [f"Plan in use: {describe_plan(plan)}"]
+    lines = _wrap(f"Plan in use: {describe_plan(plan)}", "")
     if plan.strategy in _STRATEGIES:
         lines.append(f"{plan.strategy}: {_STRATEGIES[plan.strategy]}")
     lines += [_table(header, rows, left=2), _about_times(timeline)]
@@ -290,15 +290,15 @@ def _hidden_lines(summary: Summary, busy_ns: int) -> list[str]:
     idle_ns = summary.idle_ns
     saved_ns = busy_ns - idle_ns
     balance = (
-        f"{_ms(saved_ns)} of that cost no time,"
+        f"{_ms(saved_ns)} of that cost no time"
         if saved_ns >= 0
-        else f"latency and other pauses cost {_ms(-saved_ns)} more than overlap saves,"
+        else f"latency and other pauses cost {_ms(-saved_ns)} more than overlap saves"
     )
     return [
         f"{_percent(1 - idle_ns / busy_ns)}: messages occupy the links {_ms(busy_ns)} a step, both "
         "directions together;",
-        f"{balance} for the step is {_ms(idle_ns)} longer than its",
-        "computing (waiting for other workers left out)",
+        f"{balance}, for the step is",
+        f"{_ms(idle_ns)} longer than its computing (waiting for other workers left out)",
     ]
 
 
@@ -334,7 +334,7 @@ def _explain_replans(replans: Sequence[Replan], names: Sequence[str]) -> str:
         before, after = describe_plan(replan.before, names), describe_plan(replan.after, names)
         gain = 1 - replan.after_ns / max(replan.before_ns, 1)
         lines += [
-            *_wrap(f"from step {replan.step} on, because of {replan.reason}:", "  "),
+            *_wrap(f"from step {replan.step} on ({replan.reason}):", "  "),
             *_wrap(f"old plan: {before}, predicted step {_ms(replan.before_ns)}", "    "),
             *_wrap(
                 f"new plan: {after}, predicted step {_ms(replan.after_ns)} ({_percent(gain)} less)",

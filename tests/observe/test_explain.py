@@ -231,7 +231,7 @@ def test_changes_of_plan_are_told_with_reason_and_promise():
         Replan(step, f"rate {step} -> 9 Mbit/s", plan, plan, 2 * MS, MS) for step in range(3, 20)
     )
     few = flat(explain_worker(replace(report, replans=replans[:2])))
-    assert "Changes of plan: 2 from step 3 on, because of rate 3 -> 9 Mbit/s: old plan: d" in few
+    assert "Changes of plan: 2 from step 3 on (rate 3 -> 9 Mbit/s): old plan: d" in few
     assert f"old plan: {describe_plan(plan, NAMES)}, predicted step 2.00 ms" in few
     assert f"new plan: {describe_plan(plan, NAMES)}, predicted step 1.00 ms (50% less)" in few
 
@@ -284,6 +284,7 @@ def test_every_number_has_a_unit_or_a_name(strategy, n_layers):
         )
     )
     for line in text.splitlines():
+        assert len(line) <= 100
         for found in NUMBER.finditer(line):
             before, after = line[: found.start()], line[found.end() :]
             assert BEFORE.search(before) or AFTER.match(after), (found.group(), line)
