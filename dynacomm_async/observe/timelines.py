@@ -36,7 +36,7 @@ _REST, _REST_EDGE = "#F4F0E4", "#B8AE90"
 _REST_MEANS = "latency, server, other workers"
 _BEGIN = {
     True: "milliseconds since the step's first pull began",
-    False: "milliseconds since the step began: its first pull, or without a barrier its backward",
+    False: "milliseconds since the first pull began, or without a barrier the backward pass",
 }
 _WIDTH = 9.0
 _LANE_HEIGHT = 0.185
@@ -85,7 +85,7 @@ def plot_timelines(
 
     Three lanes each: pull, compute, push. Neighbouring segments or layers have different shades;
     wide bars carry the numbers of their layers. Grey in the compute lane: the processor waits.
-    Behind the last push lies what ends the step: latency, the server's update, other workers.
+    Behind all of it lies what ends the step: latency, the server's update, other workers.
 
     Args:
         title: of the whole picture, such as the model and the link.
@@ -190,7 +190,8 @@ def _draw_step(axes: Any, top: float, timeline: Timeline, longest_ns: int) -> No
     axes.broken_barh(
         pauses, (top + lanes.index("compute") - _BAR / 2, _BAR), facecolors=_WAITING, linewidth=0
     )
-    last_ns = max((transfer.end_ns for transfer in timeline.transfers), default=0)
+    busy = (*timeline.transfers, *timeline.computations)
+    last_ns = max((span.end_ns for span in busy), default=0)
     if timeline.step_ns > last_ns:
         axes.broken_barh(
             [(last_ns / 1e6, (timeline.step_ns - last_ns) / 1e6)],
