@@ -190,8 +190,8 @@ def _draw_step(axes: Any, top: float, timeline: Timeline, longest_ns: int) -> No
     axes.broken_barh(
         pauses, (top + lanes.index("compute") - _BAR / 2, _BAR), facecolors=_WAITING, linewidth=0
     )
-    busy = (*timeline.transfers, *timeline.computations)
-    last_ns = max((span.end_ns for span in busy), default=0)
+    ends_ns = [transfer.end_ns for transfer in timeline.transfers]
+    last_ns = max([*ends_ns, *(work.end_ns for work in timeline.computations)], default=0)
     if timeline.step_ns > last_ns:
         axes.broken_barh(
             [(last_ns / 1e6, (timeline.step_ns - last_ns) / 1e6)],
