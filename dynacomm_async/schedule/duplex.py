@@ -16,7 +16,7 @@ from dynacomm_async.errors import PlanError
 
 __all__ = ["BusyTimes", "DuplexEstimator"]
 
-_HALF = 0.25
+_HALF = 0.35
 """An excess of this share of the shared time or more is a shared medium's."""
 
 _LEAST_SHARED_NS = 20_000_000
@@ -34,17 +34,17 @@ class BusyTimes:
         self._ends: deque[int] = deque(maxlen=_INTERVALS)
 
     def add(self, start_ns: int, end_ns: int) -> None:
-        """Add an interval; one that begins where the last one ended extends it.
+        """Add an interval; one that begins before the last one ended, or then, extends it.
 
         Raises:
-            PlanError: it ends before it begins, or begins before the last one ended.
+            PlanError: it ends before it begins, or begins before the last one.
         """
-        if end_ns < start_ns or (self._ends and start_ns < self._ends[-1]):
+        if end_ns < start_ns or (self._starts and start_ns < self._starts[-1]):
             raise PlanError(
                 f"busy from {start_ns} to {end_ns} ns, expected an interval after the last one"
             )
-        if self._ends and start_ns == self._ends[-1]:
-            self._ends[-1] = end_ns
+        if self._ends and start_ns <= self._ends[-1]:
+            self._ends[-1] = max(self._ends[-1], end_ns)
         else:
             self._starts.append(start_ns)
             self._ends.append(end_ns)

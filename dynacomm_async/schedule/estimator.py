@@ -8,13 +8,14 @@ a layer's time is the median of its last steps, a link's overhead and rate come 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import log
 from statistics import median
 from typing import NamedTuple
 
 from dynacomm_async.errors import PlanError
 from dynacomm_async.schedule.costs import Costs, LayerCosts
+from dynacomm_async.schedule.duplex import BusyTimes, DuplexEstimator
 from dynacomm_async.schedule.linkfit import LinkFit, Observation, Prior, fit_link
 
 __all__ = ["Estimator", "LayerTimes", "LinkEstimator"]
@@ -56,6 +57,9 @@ _ALIKE = 0.15
 
 _KEPT_ERROR, _KEPT_ERROR_NS = 0.05, 50_000.0
 """How exact an overhead is at least taken to remain when the rate has changed."""
+
+_SHARED = 0.2
+"""Of a message's time; less than that of the other direction's does not change it by much."""
 
 
 class LayerTimes:
@@ -304,6 +308,7 @@ class Estimator:
         times: the layers' compute times.
         up: the uplink, observed by the server.
         down: the downlink.
+        duplex: whether the two have room at once.
     """
 
     def __init__(self, layers: Sequence[tuple[str, int]]) -> None:
@@ -313,6 +318,43 @@ class Estimator:
         self.times = LayerTimes(len(self._layers))
         self.up = LinkEstimator()
         self.down = LinkEstimator()
+        self.duplex = DuplexEstimator()
+        self._sending = BusyTimes()
+
+    def observe_sending(self, start_ns: int, end_ns: int) -> None:
+        """Take note that the uplink was busy, in times of this worker's clock."""
+        self._sending.add(start_ns, end_ns)
+
+    def observe_pull(self, nbytes: int, elapsed_ns: int, messages: int, *, end_ns: int) -> None:
+        """Add what one message of parameters took; see :meth:`LinkEstimator.observe`.
+
+        What came while the uplink was busy tells of the downlink's rate only if the two do not
+        take turns.
+
+        Args:
+            end_ns: when the message was whole, by this worker's clock.
+        """
+        shared_ns = self._sending.within(end_ns - elapsed_ns, end_ns)
+        if shared_ns and self.down.known:
+            expected_ns = messages * self.down.overhead_ns + round(nbytes * self.down.ns_per_byte)
+            self.duplex.observe(expected_ns, elapsed_ns, shared_ns)
+        if shared_ns <= elapsed_ns * _SHARED or self.duplex.half is False:
+            self.down.observe(nbytes, elapsed_ns, messages)
+
+    def observe_pushes(
+        self, arrivals: Iterable[tuple[int, int, int]], *, crossing: bool = False
+    ) -> None:
+        """Add what the messages of gradients took, as the server saw it.
+
+        Args:
+            arrivals: ``(nbytes, elapsed_ns, messages)`` of each.
+            crossing: whether parameters may have come down meanwhile; then they tell of the
+                uplink's rate only if the directions do not take turns.
+        """
+        if crossing and self.duplex.half is not False:
+            return
+        for nbytes, elapsed_ns, messages in arrivals:
+            self.up.observe(nbytes, elapsed_ns, min(messages, 1))
 
     def observe_latency(self, up_ns: int, down_ns: int) -> None:
         """Add one measurement of both latencies; the median of the last 15 counts."""
@@ -367,6 +409,7 @@ class Estimator:
             server_ns=_median(self._server_ns),
             workers=workers,
             batch=batch,
+            half_duplex=self.duplex.half is True,
         )
 
 

@@ -16,7 +16,7 @@ from typing import TypeAlias
 from dynacomm_async.errors import PlanError
 from dynacomm_async.schedule.dispatch import Policy
 
-__all__ = ["AnyPlan", "Plan", "PolicyPlan", "Segment", "cut_segments", "read_plan"]
+__all__ = ["AnyPlan", "Plan", "PolicyPlan", "Segment", "cut_segments", "is_crossing", "read_plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +175,11 @@ class PolicyPlan:
 
 AnyPlan: TypeAlias = Plan | PolicyPlan
 """What a planner may return."""
+
+
+def is_crossing(plan: AnyPlan) -> bool:
+    """Return whether pulls may begin before the last push of the step before has ended."""
+    return isinstance(plan, PolicyPlan) or not plan.barrier
 
 
 def read_plan(mapping: object) -> AnyPlan:

@@ -28,7 +28,7 @@ from dynacomm_async.ranges import Range
 from dynacomm_async.recording import ClockOffset, Planned, Recorder
 from dynacomm_async.schedule.costs import Costs
 from dynacomm_async.schedule.estimator import Estimator
-from dynacomm_async.schedule.plan import AnyPlan, PolicyPlan
+from dynacomm_async.schedule.plan import AnyPlan, PolicyPlan, is_crossing
 from dynacomm_async.transport import Channel
 from dynacomm_async.wire.decoder import Arrival, Received
 from dynacomm_async.wire.grid import Grid
@@ -453,11 +453,11 @@ class Client:
         estimator = self._joined.estimator
         observation = arrival.observation(self._last_arrival_ns)
         if observation is not None:
-            estimator.down.observe(*observation)
+            estimator.observe_pull(*observation, end_ns=arrival.last_ns)
         self._last_arrival_ns = arrival.last_ns
         if message.timing is not None:
-            for nbytes, elapsed_ns, messages in message.timing.arrivals:
-                estimator.up.observe(nbytes, elapsed_ns, min(messages, 1))
+            crossing = is_crossing(self._joined.plans.plan_of(message.version - 1))
+            estimator.observe_pushes(message.timing.arrivals, crossing=crossing)
             estimator.observe_server(message.timing.apply_ns)
             self._board.note_timing(message.version, message.timing)
         machine = self._machines[message.version]
@@ -494,7 +494,9 @@ class Client:
                 step, send = self._outbox.pop(0)
                 message = self._bind(step, send)
                 payload = self._bytes(self._joined.arenas.outgoing, send.cells)
+                start_ns = monotonic_ns()
                 await self.channel.send(message, payload, back_to_back=busy)
+                self._joined.estimator.observe_sending(start_ns, monotonic_ns())
                 busy = True
                 machine = self._machines[step]
                 self._carry_out(step, machine.handle(LinkFree()))

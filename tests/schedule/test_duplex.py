@@ -89,6 +89,9 @@ def test_busy_time_within_any_window_is_what_counting_gives(seed: int) -> None:
 def test_intervals_come_in_order() -> None:
     busy = BusyTimes()
     busy.add(5, 9)
-    for start, end in ((8, 12), (20, 19)):
+    busy.add(7, 8)
+    busy.add(7, 11)
+    assert busy.within(0, 20) == 6
+    for start, end in ((4, 12), (20, 19)):
         with pytest.raises(PlanError, match="expected an interval after the last one"):
             busy.add(start, end)
