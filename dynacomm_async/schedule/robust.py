@@ -7,7 +7,11 @@ candidate with the least mean over all five is chosen. The phases of a step depe
 of the link each, so each is chosen for itself.
 
 How far the five rates are apart is the caller's estimate of the error. The optimum of the estimate
-itself is always among the candidates, and with an error of 0 it is the choice.
+itself is always among the candidates, and with an error of 0 it is the choice. On the networks of
+DynaComm's paper (``demos/benchmarks/robustness.py``) a rate wrong by 30 % costs the optimum of the
+estimate 2.0 % on average and 16.7 % at worst, this choice 0.1 % and 3.5 %; where the estimate is
+right it loses 0.06 % and 2.1 %, a tenth of that with the smallest error. Choosing by the mean is as
+good as by the least worst loss, and needs no second optimum for each rate.
 """
 
 from __future__ import annotations
