@@ -18,6 +18,7 @@ import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice, pairwise
 from typing import Any
 
@@ -26,20 +27,29 @@ from dynacomm_async.cli.output import emit
 from dynacomm_async.cli.tracing import label_recorders
 from dynacomm_async.cli.workload import Workload, load_workload
 from dynacomm_async.observe import explain_layers, explain_link, explain_plan, explain_steps
-from dynacomm_async.schedule import Costs, Estimator, make_plan
-from dynacomm_async.schedule.account import LinkObserved, expect, summarise
+from dynacomm_async.schedule import (
+    CROSSING,
+    Costs,
+    Estimator,
+    LinkObserved,
+    Policy,
+    PolicyPlan,
+    expect,
+    make_plan,
+    summarise,
+)
 from dynacomm_async.transport import LoopThread
 from dynacomm_async.wire.grid import Grid
 from dynacomm_async.worker import (
     WARMUP_STEPS,
     FixedPlan,
+    Metrics,
     Session,
     TrainedStep,
     bind_engine,
     layer_specs,
     train,
 )
-from dynacomm_async.worker.metrics import Metrics
 
 __all__ = ["LEAST_STEPS", "main"]
 
@@ -50,6 +60,9 @@ LEAST_STEPS = _WARMUP + 4
 """Steps without which nothing could be measured: one block whose first two steps do not count."""
 
 _BLOCKS = 5
+
+_PROBE_MESSAGES = 8
+"""Each way, at once, in the warm-up of strategies that use both directions at once."""
 
 
 @dataclass(slots=True)
@@ -101,7 +114,7 @@ def _work(specification: Mapping[str, Any]) -> int:
                     address,
                     specs,
                     run=f"compare-{strategy}",
-                    plans=_make_plans,
+                    plans=partial(_make_plans, strategy),
                     estimator=estimator,
                     io=io,
                     recorder=recorders.get(strategy),
@@ -153,8 +166,12 @@ async def _take_costs(
     return costs, LinkObserved.by(estimator)
 
 
-def _make_plans(grid: Grid, estimator: Estimator) -> FixedPlan:
-    return FixedPlan(n_layers=len(grid.layers))
+def _make_plans(strategy: str, grid: Grid, estimator: Estimator) -> FixedPlan:
+    n_layers = len(grid.layers)
+    if strategy not in CROSSING:
+        return FixedPlan(n_layers=n_layers)
+    slices = Policy(grid.parameter_nbytes // _PROBE_MESSAGES + 1)
+    return FixedPlan(n_layers=n_layers, probe=PolicyPlan("probe", n_layers, slices, slices))
 
 
 def _runner(strategy: str, session: Session, workload: Workload, slowdown: float) -> _Runner:

@@ -1,9 +1,20 @@
 """Which parameters and gradients to send together, and when: cost tables, plans, the cost model
 that judges them, the strategies that make them, the rule a sender follows, and the estimates that
-measured durations give. Pure: standard library only, integer nanoseconds and bytes, no clock."""
+measured durations give, and where the time of a step went. Pure: standard library only, integer
+nanoseconds and bytes, no clock."""
 
 from __future__ import annotations
 
+from dynacomm_async.schedule.account import (
+    Expectation,
+    LinkObserved,
+    StepAccount,
+    Summary,
+    WorkerReport,
+    account_for,
+    expect,
+    summarise,
+)
 from dynacomm_async.schedule.costs import Costs, LayerCosts
 from dynacomm_async.schedule.crossing import Crossing
 from dynacomm_async.schedule.dispatch import (
@@ -47,11 +58,13 @@ __all__ = [
     "Crossing",
     "Dispatcher",
     "Estimator",
+    "Expectation",
     "Forecast",
     "LayerCosts",
     "LayerTimes",
     "Layout",
     "LinkEstimator",
+    "LinkObserved",
     "LowerBound",
     "OrderedDispatcher",
     "Plan",
@@ -59,14 +72,20 @@ __all__ = [
     "PolicyPlan",
     "PriorityDispatcher",
     "Segment",
+    "StepAccount",
+    "Summary",
     "Timeline",
     "Transfer",
+    "WorkerReport",
+    "account_for",
     "bound_of_all_ns",
     "cut_segments",
     "evaluate",
+    "expect",
     "find_planner",
     "forecast",
     "lower_bound_ns",
     "make_plan",
     "read_plan",
+    "summarise",
 ]

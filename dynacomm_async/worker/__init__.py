@@ -1,6 +1,7 @@
 """Workers: the step as a pure state machine, sessions for embedding, and the training loop."""
 
 from dynacomm_async.worker.aio import AsyncSession, AsyncStep, connect
+from dynacomm_async.worker.metrics import Metrics
 from dynacomm_async.worker.planning import WARMUP_STEPS, AdaptivePlans, FixedPlan, Plans
 from dynacomm_async.worker.session import DEFAULT_PORT, DEFAULT_STRATEGY, Session, Step
 from dynacomm_async.worker.step import StepMachine
@@ -14,6 +15,7 @@ __all__ = [
     "AsyncSession",
     "AsyncStep",
     "FixedPlan",
+    "Metrics",
     "Plans",
     "Session",
     "Step",

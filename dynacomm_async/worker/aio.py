@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dynacomm_async.errors import DynaCommError
+from dynacomm_async.schedule.account import WorkerReport
 from dynacomm_async.transport import Address
 from dynacomm_async.worker.metrics import Metrics
 from dynacomm_async.worker.session import Layers, Session, Step
@@ -110,6 +111,10 @@ class AsyncSession:
     def metrics(self) -> Metrics:
         """Where the time of each step went."""
         return self.blocking.metrics
+
+    async def describe(self) -> WorkerReport:
+        """Return what explains how the time was spent; see :meth:`Session.describe`."""
+        return await asyncio.to_thread(self.blocking.describe)
 
     def slice_of(self, layer: str | int) -> slice:
         """Return where a layer lies in ``parameters`` and ``gradients``."""

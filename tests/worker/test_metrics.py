@@ -157,6 +157,7 @@ async def test_every_step_has_an_account_in_either_kind_of_session(toy):
                     await step.parameters(spec.name)
                 for spec in reversed(toy.layers):
                     step.gradient_ready(spec.name)
+            assert (await session.describe()).workers == 2
             return session.metrics
 
     def work_blocking(address):
