@@ -419,6 +419,11 @@ class Client:
     _why_over: DynaCommError = ChannelClosed("the session was closed")
 
     @property
+    def joined(self) -> bool:
+        """Whether it has taken its place in the run."""
+        return self._training is not None
+
+    @property
     def _joined(self) -> _Training:
         assert self._training is not None
         return self._training

@@ -75,6 +75,9 @@ class Plans(ABC):
         Choosing happens on the way to a message and must be quick; thinking happens here.
         """
 
+    def close(self) -> None:  # noqa: B027 -- likewise
+        """End what goes on in the background; called when the session ends."""
+
     @abstractmethod
     def _choose(self, step: int) -> AnyPlan: ...
 
@@ -155,16 +158,31 @@ class FixedPlan(Plans):
 
     Attributes:
         fixed: the plan; may be set at any time and holds from the next choice on.
+
+    Args:
+        plan: the plan, where there is one already.
+        n_layers: layers of the model, where there is none.
+        probe: what the warm-up steps after the first three follow; a plan that crosses the
+            boundary between steps shows whether both directions have room at once.
     """
 
-    def __init__(self, plan: AnyPlan | None = None, *, n_layers: int | None = None) -> None:
+    def __init__(
+        self,
+        plan: AnyPlan | None = None,
+        *,
+        n_layers: int | None = None,
+        probe: AnyPlan | None = None,
+    ) -> None:
         super().__init__()
         self.fixed = plan
+        self._probe = probe
         self._n_layers = plan.n_layers if plan is not None else n_layers
 
     def _choose(self, step: int) -> AnyPlan:
         if self.fixed is not None:
             return self.fixed
+        if self._probe is not None and step >= WARMUP_STEPS:
+            return self._probe
         assert self._n_layers is not None, "FixedPlan needs a plan or the number of layers"
         return _warmup_plan(step, self._n_layers)
 

@@ -37,6 +37,7 @@ from dynacomm_async.wire.messages import Hello, Report, Welcome
 from dynacomm_async.worker.client import Arenas, Board, Client
 from dynacomm_async.worker.metrics import Metrics
 from dynacomm_async.worker.planning import AdaptivePlans, Plans
+from dynacomm_async.worker.searching import SearchedPlans
 from dynacomm_async.worker.step import Phase
 
 __all__ = ["DEFAULT_PORT", "DEFAULT_STRATEGY", "Layers", "PlansFactory", "Session", "Step"]
@@ -195,6 +196,8 @@ class Session:
         client, self._client = self._client, None
         if client is not None:
             self._io.submit(client.leave()).result()
+            if client.joined:
+                self.plans.close()
         own, self._own_io = self._own_io, None
         if own is not None:
             own.__exit__()
@@ -441,6 +444,8 @@ class Session:
         if self._plans_factory is not None:
             return self._plans_factory(self.grid, self.estimator)
         strategy = self._strategy or welcome.settings.get("strategy") or DEFAULT_STRATEGY
+        if strategy == "joint":
+            return SearchedPlans(self.estimator, len(self.grid.layers))
         return AdaptivePlans(str(strategy), self.estimator, len(self.grid.layers))
 
 

@@ -1,0 +1,65 @@
+"""Plans that are found by search: thinking that takes longer than a moment, in its own thread."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+from dynacomm_async.schedule.costs import Costs
+from dynacomm_async.schedule.estimator import Estimator
+from dynacomm_async.schedule.plan import AnyPlan
+from dynacomm_async.schedule.planners import find_planner, plan_dynacomm
+from dynacomm_async.schedule.planners.joint import keep_joint
+from dynacomm_async.schedule.timeline import evaluate, lower_bound_ns
+from dynacomm_async.worker.planning import AdaptivePlans
+
+__all__ = ["SearchedPlans"]
+
+_WORSE_PERCENT = 102
+"""A plan that is this much farther from the bound than when it was found is looked for anew."""
+
+
+class SearchedPlans(AdaptivePlans):
+    """``joint``: a full search in a thread whenever the costs have moved, and between two searches
+    the better of the plan found last and DynaComm's for the newest costs.
+
+    Args:
+        estimator: the measured costs, kept up to date by the session.
+        n_layers: layers of the model.
+    """
+
+    def __init__(self, estimator: Estimator, n_layers: int) -> None:
+        super().__init__("joint", estimator, n_layers, robust=False)
+        self._search = find_planner("joint")
+        # Written by the searching thread, read by the event loop's: one assignment each.
+        self._found: tuple[AnyPlan, int] | None = None
+        self._thread: threading.Thread | None = None
+
+    def close(self) -> None:
+        """Wait for a search under way: a tenth of a second at most."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _make(self, costs: Costs) -> AnyPlan:
+        found = self._found
+        if found is None or _distance(found[0], costs) * 100 > found[1] * _WORSE_PERCENT:
+            self._search_for(costs)
+        if found is None:
+            return replace(plan_dynacomm(costs), strategy="joint")
+        return keep_joint(found[0], costs)
+
+    def _search_for(self, costs: Costs) -> None:
+        if self._thread is not None and self._thread.is_alive():
+            return
+
+        def search() -> None:
+            plan = self._search(costs)
+            self._found = plan, _distance(plan, costs)
+
+        self._thread = threading.Thread(target=search, name="plan search", daemon=True)
+        self._thread.start()
+
+
+def _distance(plan: AnyPlan, costs: Costs) -> int:
+    """Return a plan's step over the lower bound, in millionths."""
+    return evaluate(plan, costs).step_ns * 10**6 // max(lower_bound_ns(costs).step_ns, 1)
