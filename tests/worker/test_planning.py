@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from fractions import Fraction
 from types import SimpleNamespace
@@ -9,9 +10,11 @@ from types import SimpleNamespace
 import pytest
 
 from dynacomm_async.errors import ConfigError
+from dynacomm_async.models import build, costs_of
 from dynacomm_async.ranges import Range
 from dynacomm_async.schedule import Costs, LayerCosts, Plan, evaluate
 from dynacomm_async.schedule.planners import PLANNERS
+from dynacomm_async.schedule.robust import LARGEST_ERROR, plan_robust
 from dynacomm_async.wire.grid import Grid, LayerSpec
 from dynacomm_async.worker.planning import (
     WARMUP_STEPS,
@@ -180,3 +183,84 @@ def test_a_plan_becomes_one_message_of_cells_per_segment_in_the_order_sent():
     pushed.ready(0, 6)
     assert [pushed.next(), pushed.next()] == [(Range(2, 4),), (Range(0, 2),)]
     assert pushed.done
+
+
+def paper_costs(bytes_per_s):
+    return costs_of(
+        build("googlenet"),
+        batch=16,
+        flops_per_s=1e12,
+        down_bytes_per_s=bytes_per_s,
+        overhead_ns=1_000_000,
+    )
+
+
+def test_dynacomm_reckons_with_the_errors_of_the_rates_unless_told_not_to():
+    costs = paper_costs(125e6)
+    told = Told(costs, rate_error=0.2)
+    robust, nominal = (
+        think_and_plan(AdaptivePlans("dynacomm", told, 58, robust=choice), WARMUP_STEPS)
+        for choice in (True, False)
+    )
+
+    assert robust == plan_robust(costs, LARGEST_ERROR, LARGEST_ERROR)
+    assert nominal == PLANNERS["dynacomm"](costs) != robust
+    by_default = AdaptivePlans("dynacomm", told, 58)
+    assert think_and_plan(by_default, WARMUP_STEPS) == robust
+
+
+def test_every_change_of_plan_is_logged_with_its_reason_and_what_it_promises(caplog):
+    caplog.set_level(logging.INFO, logger="dynacomm_async.worker")
+    fast, slow = paper_costs(1.25e9), paper_costs(125e6)
+    told = Told(fast)
+    plans = AdaptivePlans("dynacomm", told, 58)
+    followed = []
+    for step in range(12):
+        if step == 8:
+            told.now = slow
+        followed.append(plans.plan(step))
+        plans.refresh()
+
+    first, second = plans.log
+    assert (first.step, second.step) == (WARMUP_STEPS, 9)
+    assert first.reason.startswith("first estimate: down 10000 Mbit/s and 1.00 ms a message")
+    assert second.reason == "downlink rate 10000 -> 1000 Mbit/s, uplink rate 10000 -> 1000 Mbit/s"
+    for entry in plans.log:
+        assert (entry.before, entry.after) == (followed[entry.step - 1], followed[entry.step])
+        assert entry.after_ns == evaluate(entry.after, fast if entry is first else slow).step_ns
+        assert entry.before_ns == evaluate(entry.before, fast if entry is first else slow).step_ns
+    assert second.after_ns < 0.98 * second.before_ns
+    assert caplog.messages == [str(first), str(second)]
+
+
+def test_the_log_of_a_link_that_never_rests_is_bounded():
+    tables = [paper_costs(1.25e9), paper_costs(125e6)]
+    told = Told(tables[0])
+    plans = AdaptivePlans("dynacomm", told, 58)
+    for step in range(400):
+        told.now = tables[step % 2]
+        think_and_plan(plans, step)
+
+    assert len(plans.log) == plans.log.maxlen == 256
+    assert plans.log[-1].step == 399
+
+
+def test_a_plan_made_beforehand_has_nothing_to_log():
+    plans = FixedPlan(Plan.from_cuts("mine", 5, [2], [1, 4]))
+    for step in range(5):
+        think_and_plan(plans, step)
+    assert not plans.log
+
+
+def test_gradients_of_a_warm_up_step_wait_for_each_other_and_others_do_not():
+    grid = Grid([LayerSpec("a", 5000), LayerSpec("b", 10)])
+    plans = AdaptivePlans("layerwise", Told(), 2)
+    warmup, layerwise = plans.plan(0), plans.plan(WARMUP_STEPS)
+    back = grid.layer_cells(1)
+
+    for plan, leaves in ((warmup, False), (layerwise, True)):
+        dispatcher = uplink(plan, grid)
+        dispatcher.ready(*back)
+        assert (dispatcher.next() is not None) == leaves
+        dispatcher.ready(*grid.layer_cells(0))
+        assert dispatcher.next() is not None
