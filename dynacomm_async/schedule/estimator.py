@@ -118,15 +118,15 @@ class LinkEstimator:
     """
 
     def __init__(self) -> None:
-        self._count = 0  # of observations; those kept at a change count once more
+        self._count = 0
         # By kind, 0 or 1 overhead in the time; each with its number among all observations.
         self._kinds = tuple(deque[tuple[int, Observation]](maxlen=_MESSAGES) for _ in range(2))
         self._prior: Prior | None = None
         self._fit = fit_link(())
         self._n_fresh = 0  # observations since the fit
         self._signs: deque[_Sign] = deque(maxlen=_GRADUAL)
+        self._news: list[_Sign] = []  # of a change that has just been found
         self._changes = 0
-        self._n_observed = 0
 
     @property
     def known(self) -> bool:
@@ -151,7 +151,7 @@ class LinkEstimator:
     @property
     def n_observed(self) -> int:
         """How many observations there have been."""
-        return self._n_observed
+        return self._count
 
     @property
     def changes(self) -> int:
@@ -176,42 +176,45 @@ class LinkEstimator:
                 "expected no negative number and 0 or 1 overhead"
             )
         if messages or nbytes >= _LEAST_NBYTES:
-            self._n_observed += 1
             observation = Observation(messages, nbytes, elapsed_ns)
-            self._add(observation)
             self._look_for_change(observation)
-
-    def _add(self, observation: Observation) -> None:
-        self._kinds[observation.messages].append((self._count, observation))
-        self._count += 1
-        self._n_fresh += 1
+            self._kinds[messages].append((self._count, observation))
+            self._count += 1
+            self._n_fresh += 1
+            if self._news:
+                self._start_over(self._news)
 
     def _look_for_change(self, observation: Observation) -> None:
         # Judged by an older fit, but for when nobody has asked for one in a long time.
-        if self._n_fresh >= self._n_window // 2:
+        if self._n_fresh > self._n_window // 2:
             self._refit()
-        fit = self._fit
-        sign = _read_sign(observation, fit) if fit.known else None
-        if sign is None:
-            return
-        self._signs.append(sign)
-        news = _find_change(list(self._signs))
-        if news:
-            self._start_over(fit, [sign.observation for sign in news])
+        sign = _read_sign(self._count, observation, self._fit) if self._fit.known else None
+        if sign is not None:
+            self._signs.append(sign)
+            self._news = _find_change(list(self._signs))
 
-    def _start_over(self, fit: LinkFit, observations: Sequence[Observation]) -> None:
+    def _start_over(self, news: Sequence[_Sign]) -> None:
+        """Forget all that came before the change, and a message that it cut in two."""
         self._changes += 1
         self._signs.clear()
-        if fit.overhead_error_ns <= max(fit.overhead_ns, _KEPT_ERROR_NS):
-            least_ns = max(_KEPT_ERROR * fit.overhead_ns, _KEPT_ERROR_NS)
-            self._prior = Prior(fit.overhead_ns, max(fit.overhead_error_ns, least_ns))
-        else:
-            self._prior = None
+        self._news = []
+        alike = _list_alike(news)
+        self._prior = self._keep_overhead(self._fit) if alike else None
+        unlike = {sign.number for sign in news if alike and sign not in alike}
+        first = news[0].number
         for kind in self._kinds:
+            kept = [entry for entry in kind if entry[0] >= first and entry[0] not in unlike]
             kind.clear()
-        for observation in observations:
-            self._add(observation)
+            kind.extend(kept)
+        self._fit = fit_link(())
         self._refit()
+
+    @staticmethod
+    def _keep_overhead(fit: LinkFit) -> Prior | None:
+        if fit.overhead_error_ns > max(fit.overhead_ns, _KEPT_ERROR_NS):
+            return None
+        least_ns = max(_KEPT_ERROR * fit.overhead_ns, _KEPT_ERROR_NS)
+        return Prior(fit.overhead_ns, max(fit.overhead_error_ns, least_ns))
 
     def _result(self) -> LinkFit:
         if self._n_fresh and self._n_fresh * _STALE_SHARE >= self._n_window:
@@ -224,10 +227,20 @@ class LinkEstimator:
 
     def _refit(self) -> None:
         window = self._list_window()
-        settled = len(window) >= _SETTLED and self._fit.rate_error <= _SETTLED_ERROR
+        settled = (
+            len(window) >= _SETTLED
+            and self._fit.rate_error <= _SETTLED_ERROR
+            and not (self._signs and self._signs[-1].is_far)
+        )
         start = self._fit if settled else None
-        self._fit = fit_link(window, self._prior, start)
         self._n_fresh = 0
+        if self._prior is not None:
+            alone = fit_link(window)
+            if not alone.known or alone.overhead_error_ns > self._prior.error_ns:
+                self._fit = fit_link(window, self._prior, start)
+                return
+            self._prior = None  # the new observations tell the overhead better
+        self._fit = fit_link(window, start=start)
 
     def _list_window(self) -> list[Observation]:
         oldest = self._count - _MESSAGES
@@ -243,17 +256,22 @@ class _Sign(NamedTuple):
     """What one observation says of the rate.
 
     Attributes:
-        observation: itself.
+        number: of the observation.
         change: logarithm of its time of a byte over the estimated one: above 0 is slower.
         noise: the expected error of that.
     """
 
-    observation: Observation
+    number: int
     change: float
     noise: float
 
+    @property
+    def is_far(self) -> bool:
+        """Whether the rate is likely another."""
+        return abs(self.change) >= max(_LEAST_SUDDEN, _NOISE_PER_SUDDEN * self.noise)
 
-def _read_sign(observation: Observation, fit: LinkFit) -> _Sign | None:
+
+def _read_sign(number: int, observation: Observation, fit: LinkFit) -> _Sign | None:
     """Return what an observation says of the rate; None: too little."""
     messages, nbytes, elapsed_ns = observation
     overhead_ns = messages * fit.overhead_ns
@@ -264,28 +282,33 @@ def _read_sign(observation: Observation, fit: LinkFit) -> _Sign | None:
     noise_ns = fit.error_ns(messages, overhead_ns + least_ns)
     if noise_ns > _MOST_NOISE * least_ns:
         return None
-    return _Sign(observation, log(measured_ns / expected_ns), noise_ns / least_ns)
+    return _Sign(number, log(measured_ns / expected_ns), noise_ns / least_ns)
 
 
 def _find_change(signs: Sequence[_Sign]) -> list[_Sign]:
-    """Return the newest signs that tell of a new rate; none where it is the old one."""
-    sudden = signs[-_SUDDEN:]
-    if len(sudden) == _SUDDEN:
-        slower = sudden[-1].change > 0
-        if all(
-            (sign.change > 0) == slower
-            and abs(sign.change) >= max(_LEAST_SUDDEN, _NOISE_PER_SUDDEN * sign.noise)
-            for sign in sudden
-        ):
-            return _list_alike(sudden)
-    if len(signs) == _GRADUAL:
-        n_slower = sum(sign.change > 0 for sign in signs)
-        if not 1 < n_slower < _GRADUAL - 1:
-            change = median(sign.change for sign in signs)
-            noise = median(sign.noise for sign in signs)
-            if abs(change) >= max(_LEAST_GRADUAL, _NOISE_PER_GRADUAL * noise):
-                return _list_alike(signs)
+    """Return the newest signs that tell of another link; none where it is the old one.
+
+    Five that are far off and agree, or twelve, of which all are off by a little and agree, or all
+    are far off: where these do not agree it is the overhead that has changed, or both.
+    """
+    sudden = list(signs[-_SUDDEN:])
+    if _are_one_sided(sudden, _SUDDEN) and all(sign.is_far for sign in sudden):
+        if _list_alike(sudden):
+            return sudden
+        if _are_one_sided(signs, _GRADUAL) and all(sign.is_far for sign in signs):
+            return list(signs)
+    elif _are_one_sided(signs, _GRADUAL - 1):
+        change = median(sign.change for sign in signs)
+        noise = median(sign.noise for sign in signs)
+        if abs(change) >= max(_LEAST_GRADUAL, _NOISE_PER_GRADUAL * noise) and _list_alike(signs):
+            return list(signs)
     return []
+
+
+def _are_one_sided(signs: Sequence[_Sign], least: int) -> bool:
+    """Return whether at least so many are slower, or so many faster."""
+    n_slower = sum(sign.change > 0 for sign in signs)
+    return n_slower >= least or len(signs) - n_slower >= least
 
 
 def _list_alike(signs: Sequence[_Sign]) -> list[_Sign]:
