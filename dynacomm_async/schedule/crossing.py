@@ -127,6 +127,26 @@ class Crossing:
                     arrivals_ns[layer] = sent.end_ns + self._to_worker_ns
         return arrivals_ns
 
+    def whole_layers(self, sent: Sequence[Sent]) -> tuple[Segment, ...]:
+        """Return segments like these messages: every layer goes with the first of its parts."""
+        layer_of = self.layout.layer_of
+        seen: set[int] = set()
+        segments: list[Segment] = []
+        for message in sent:
+            fresh = [
+                layer
+                for first, count in message.cells
+                for layer in range(layer_of(first), layer_of(first + count - 1) + 1)
+                if layer not in seen
+            ]
+            seen.update(fresh)
+            for place, layer in enumerate(fresh):
+                if place and fresh[place - 1] == layer - 1:
+                    segments[-1] = Segment(segments[-1].first, layer)
+                else:
+                    segments.append(Segment(layer, layer))
+        return tuple(segments)
+
     def _applied(self, pushed: Sequence[Sent]) -> list[tuple[int, tuple[Range, ...]]]:
         """When new parameters are ready at the server."""
         return [(sent.end_ns + self._to_server_ns, sent.cells) for sent in pushed]

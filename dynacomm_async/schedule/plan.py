@@ -55,7 +55,8 @@ class Plan:
         n_layers: how many layers the model has.
         pull: segments in the order they are sent down; they cover layers 0 to L-1, ascending
             where there is a barrier, else in any order.
-        push: segments in the order they are sent up; they cover layers L-1 to 0, descending.
+        push: segments in the order they are sent up; they cover layers L-1 to 0, descending
+            where there is a barrier, else in any order.
         barrier: whether the first pull waits for the last push; else each pull leaves, in its
             turn, as soon as the server has all that it carries.
 
@@ -73,9 +74,13 @@ class Plan:
         _check_head(self.strategy, self.n_layers)
         if not isinstance(self.barrier, bool):
             raise PlanError(f"a plan's barrier is {self.barrier!r}, expected True or False")
-        pull = self.pull if self.barrier else sorted(self.pull, key=lambda segment: segment.first)
-        _check_cover(pull, self.n_layers, "pull")
-        _check_cover(tuple(reversed(self.push)), self.n_layers, "push (read from its end)")
+        if self.barrier:
+            _check_cover(self.pull, self.n_layers, "pull")
+            _check_cover(self.push[::-1], self.n_layers, "push (read from its end)")
+        else:
+            for segments, what in ((self.pull, "pull"), (self.push, "push")):
+                ascending = sorted(segments, key=lambda segment: segment.first)
+                _check_cover(ascending, self.n_layers, f"{what} (in the order of layers)")
 
     @classmethod
     def from_cuts(

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from dynacomm_async.schedule import PLANNERS
+from dynacomm_async.schedule import CROSSING, PLANNERS, read_plan
 
 TABLE = {
     "overhead_s": 0.001,
@@ -16,7 +16,8 @@ TABLE = {
         {"name": "b", "nbytes": 4000, "pull_s": 4, "forward_s": 1, "backward_s": 3, "push_s": 4},
     ],
 }
-KEYS = {"strategy", "pull", "push", "forward_s", "backward_s", "step_s", "lower_bound_s"}
+KEYS = {"strategy", "forward_s", "backward_s", "step_s", "lower_bound_s"}
+MORE_KEYS = {"wait_s", "lower_bound"}
 
 
 @pytest.fixture
@@ -52,10 +53,32 @@ def test_the_json_has_the_keys_of_the_contract_for_every_strategy(call, costs):
 
     assert [plan["strategy"] for plan in plans] == list(PLANNERS)
     for plan in plans:
-        assert set(plan) == KEYS | {"wait_s"}
+        assert plan["lower_bound_s"] <= plan["step_s"]
+        assert plan["lower_bound"] == "equal-rate"
+        if plan["strategy"] in CROSSING:
+            assert set(plan) == KEYS | MORE_KEYS | {"messages", "plan"}
+            continue
+        assert set(plan) == KEYS | MORE_KEYS | {"pull", "push"}
         assert sorted(i for a, b in plan["pull"] for i in range(a, b + 1)) == [0, 1]
         assert sorted(i for a, b in plan["push"] for i in range(a, b + 1)) == [0, 1]
-        assert plan["lower_bound_s"] <= plan["step_s"]
+
+
+@pytest.mark.parametrize("strategy", sorted(CROSSING))
+def test_without_a_barrier_the_messages_are_listed_and_carry_everything_once(call, costs, strategy):
+    table = changed(layers=[{**layer, "nbytes": 10**8} for layer in TABLE["layers"]])
+    (plan,) = call("plan", costs(table), "--strategy", strategy, "--json").json
+
+    assert plan["forward_s"] is plan["backward_s"] is None
+    assert read_plan(plan["plan"]).strategy == strategy
+    for direction in ("push", "pull"):
+        sent = [m["ranges"] for m in plan["messages"] if m["direction"] == direction]
+        assert len(sent) > 1
+        due = 0
+        for offset, nbytes in sorted(part for ranges in sent for part in ranges):
+            assert offset == due
+            due += nbytes
+        assert due == 2 * 10**8
+    assert plan["messages"][0]["direction"] == "push"
 
 
 def test_one_strategy_can_be_asked_for(call, costs):

@@ -10,6 +10,7 @@ import pytest
 
 from dynacomm_async.errors import PlanError
 from dynacomm_async.schedule import (
+    CROSSING,
     PLANNERS,
     Costs,
     LayerCosts,
@@ -190,7 +191,7 @@ def test_the_hidden_fraction_of_nothing_is_0() -> None:
 def test_latency_delays_each_phase_once_and_the_server_the_step() -> None:
     near = Costs(tuple(LayerCosts(f"{i}", 1, 2, 3, 5, 7) for i in range(4)), 1, 1)
     far = replace(near, latency_up_ns=100, latency_down_ns=10, server_ns=1000)
-    for strategy in PLANNERS:
+    for strategy in set(PLANNERS) - CROSSING:
         plan = make_plan(strategy, near)
         before, after = evaluate(plan, near), evaluate(plan, far)
         assert after.forward_ns == before.forward_ns + 10

@@ -10,6 +10,10 @@ several thresholds, are tried in the simulation of a step
 (:mod:`dynacomm_async.schedule.crossing`), and then, from the best of these on, changes of one
 setting at a time.
 
+Where that leaves a gap to the lower bound, and messages are few, plans that name their messages are
+tried as well (:mod:`dynacomm_async.schedule.explicit`). They must be clearly better: a policy
+adapts to what really becomes ready when, a list does not.
+
 DynaComm's plan is a candidate too, at its barrier and with its pulls as early as they can be, so
 that the result is never worse than it in the model. The search ends early where the lower bound is
 all but reached. Everything is in integers: equal tables give equal plans everywhere.
@@ -25,6 +29,7 @@ from typing import NamedTuple
 from dynacomm_async.schedule.costs import Costs
 from dynacomm_async.schedule.crossing import Crossing, Sent
 from dynacomm_async.schedule.dispatch import Policy
+from dynacomm_async.schedule.explicit import search_segments
 from dynacomm_async.schedule.plan import AnyPlan, Plan, PolicyPlan
 from dynacomm_async.schedule.planners.dynacomm import plan_dynacomm
 from dynacomm_async.schedule.timeline import lower_bound_ns
@@ -50,6 +55,12 @@ _PROMISING_PERCENT = 110
 _MOST_STARTS = 6
 """The last search begins at the best of what is not worse than the best by more than this."""
 
+_CLEARLY_BETTER_PER_MILLE = 995
+"""What a list of messages must reach of a policy's step to be preferred."""
+
+_MOST_NAMED = 16
+"""Messages each way of the best policy with which a search for lists begins."""
+
 _MOST_MESSAGES = 256
 """In one direction. Finer ones gain next to nothing, and take long to simulate."""
 
@@ -68,6 +79,7 @@ def plan_joint(costs: Costs) -> AnyPlan:
         return replace(plan_dynacomm(costs), strategy="joint")
     search = _Search(costs)
     search.run()
+    search.name_messages(costs)
     return search.plan
 
 
@@ -134,6 +146,20 @@ class _Search:
         )
         for step_ns, _, setting in starts[:_MOST_STARTS]:
             self._descend(setting, step_ns)
+
+    def name_messages(self, costs: Costs) -> None:
+        """Look for messages that are clearly better if named one by one."""
+        if self._is_within(_NEAR_PER_MILLE):
+            return
+        starts = [plan_dynacomm(costs)]
+        pushed = self._crossing.push(self.plan)
+        pulled = self._crossing.pull(self.plan, pushed)
+        if max(len(pushed), len(pulled)) <= _MOST_NAMED:
+            pull, push = self._crossing.whole_layers(pulled), self._crossing.whole_layers(pushed)
+            starts.insert(0, Plan("joint", self._n_layers, pull, push, barrier=False))
+        plan, step_ns = search_segments(costs, starts)
+        if 1000 * step_ns < _CLEARLY_BETTER_PER_MILLE * self.step_ns:
+            self.plan, self.step_ns = plan, step_ns
 
     def _is_within(self, per_mille: int) -> bool:
         return 1000 * self.step_ns <= per_mille * self._bound_ns
