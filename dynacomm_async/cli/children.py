@@ -201,4 +201,5 @@ def _parse_event(line: bytes) -> Event | None:
 
 def _is_consequence(error: BaseException) -> bool:
     """Return whether it only says that another process has ended."""
-    return any(phrase in str(error) for phrase in (" was lost", " left in step "))
+    phrases = (" was lost", " left in step ", " was stopped before the run ended")
+    return any(phrase in str(error) for phrase in phrases)

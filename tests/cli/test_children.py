@@ -46,8 +46,12 @@ async def test_a_child_that_dies_without_a_word_is_reported_with_its_code(module
             await children.wait_all()
 
 
-async def test_the_cause_is_reported_rather_than_its_consequences(module):
-    consequence = "import sys; sys.exit('x: error: worker 0 (127.0.0.1:1) left in step 5')"
+@pytest.mark.parametrize(
+    "words",
+    ["worker 0 (127.0.0.1:1) left in step 5", "the server was stopped before the run ended"],
+)
+async def test_the_cause_is_reported_rather_than_its_consequences(module, words):
+    consequence = f"import sys; sys.exit('x: error: {words}')"
     cause = "import sys, time; time.sleep(0.1); sys.exit('x: error: no room')"
     async with Children() as children:
         await children.start("server", module("told", consequence), on_event=print)
