@@ -174,7 +174,9 @@ def _headline(entry: TimelineEntry) -> str:
     if measured is None:
         return f"{entry.name}: {_ms(predicted)} ms a step, {_hidden(predicted)}"
     apart = measured.step_ns / predicted.step_ns - 1 if predicted.step_ns else 0.0
-    sign = "+" if apart >= 0 else "\N{MINUS SIGN}"
+    sign = "\N{PLUS-MINUS SIGN}"
+    if round(apart, 3):
+        sign = "+" if apart > 0 else "\N{MINUS SIGN}"
     return (
         f"{entry.name}: predicted {_ms(predicted)} ms, measured {_ms(measured)} ms "
         f"({sign}{abs(apart):.1%}), {_hidden(measured)}"
@@ -266,7 +268,8 @@ def _pauses(timeline: Timeline) -> Iterable[tuple[int, int]]:
 
 
 def _ms(timeline: Timeline) -> str:
-    return f"{timeline.step_ns / 1e6:,.4g}"
+    step_ms = timeline.step_ns / 1e6
+    return f"{step_ms:,.1f}" if step_ms >= 10 else f"{step_ms:.3g}"
 
 
 def _hidden(timeline: Timeline) -> str:

@@ -97,7 +97,7 @@ def test_bars_are_where_the_timeline_says_and_wide_ones_are_numbered(drawn):
     # The processor waits in both transfers and for the latency, which also ends the step.
     assert spans[4] == [(0, 165), (485, 660)]
     assert spans[5] == [(650, 660)]
-    assert texts(panel) == ["0–3", *"0123", *"3210", "0–3", "660 ms"]
+    assert texts(panel) == ["0–3", *"0123", *"3210", "0–3", "660.0 ms"]
 
 
 def test_neighbours_differ_in_shade(drawn):
@@ -113,7 +113,7 @@ def test_a_measured_step_lies_below_the_predicted_one(drawn):
     plot_timelines([entry], Path("x.png"), title="a model on a link")
     ((panel,),) = drawn[0].axes
     assert panel.get_title(loc="left").startswith(
-        "bucket: predicted 660 ms, measured 660 ms (+0.0%)"
+        "bucket: predicted 660.0 ms, measured 660.0 ms (±0.0%)"
     )
     places = {text.get_text(): text.get_position()[1] for text in panel.texts}
     low, high = sorted(panel.get_ylim())
