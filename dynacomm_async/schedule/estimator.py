@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from dynacomm_async.errors import PlanError
 from dynacomm_async.schedule.costs import Costs, LayerCosts
-from dynacomm_async.schedule.duplex import BusyTimes, DuplexEstimator
+from dynacomm_async.schedule.duplex import DuplexEstimator
 from dynacomm_async.schedule.linkfit import LinkFit, Observation, Prior, fit_link
 
 __all__ = ["Estimator", "LayerTimes", "LinkEstimator"]
@@ -42,8 +42,8 @@ _SETTLED, _SETTLED_ERROR = 32, 0.01
 """A fit of so many observations may begin from one that was so exact instead of from nothing."""
 
 _SUDDEN, _GRADUAL = 5, 12
-"""Observations in a row that make a large change of rate, and a small one. One of them, which the
-change may have cut, may be wrong."""
+"""Observations that make a large change of rate, and a small one. One of them, which the change
+may have cut in two, may differ."""
 
 _LEAST_SUDDEN, _LEAST_GRADUAL = 0.08, 0.04
 _NOISE_PER_SUDDEN, _NOISE_PER_GRADUAL = 2.5, 1.0
@@ -57,9 +57,6 @@ _ALIKE = 0.15
 
 _KEPT_ERROR, _KEPT_ERROR_NS = 0.05, 50_000.0
 """How exact an overhead is at least taken to remain when the rate has changed."""
-
-_SHARED = 0.2
-"""Of a message's time; less than that of the other direction's does not change it by much."""
 
 
 class LayerTimes:
@@ -112,8 +109,8 @@ class LinkEstimator:
     piece can be timed.
 
     A window of observations follows a rate that drifts. One that jumps is noticed from five
-    observations in a row that are all off in the same direction and agree on the new rate: then
-    all older ones are forgotten, but for the overhead, which is kept as it was estimated until new
+    observations that are off in the same direction and agree on the new rate: then all older ones
+    are forgotten, but for the overhead, which is kept as it was estimated until new
     observations tell it better.
     """
 
@@ -125,7 +122,7 @@ class LinkEstimator:
         self._fit = fit_link(())
         self._n_fresh = 0  # observations since the fit
         self._signs: deque[_Sign] = deque(maxlen=_GRADUAL)
-        self._news: list[_Sign] = []  # of a change that has just been found
+        self._change: _Change | None = None  # that has just been found
         self._changes = 0
 
     @property
@@ -142,6 +139,11 @@ class LinkEstimator:
     def ns_per_byte(self) -> float:
         """Time a byte occupies the link; while not known a guess, 0 with nothing observed."""
         return self._result().ns_per_byte
+
+    def expect_ns(self, nbytes: int, messages: int = 1) -> int:
+        """Return how long the link is busy with so many bytes and overheads; a guess likewise."""
+        fit = self._result()
+        return messages * fit.overhead_ns + round(nbytes * fit.ns_per_byte)
 
     @property
     def rate_error(self) -> float:
@@ -181,8 +183,8 @@ class LinkEstimator:
             self._kinds[messages].append((self._count, observation))
             self._count += 1
             self._n_fresh += 1
-            if self._news:
-                self._start_over(self._news)
+            if self._change is not None:
+                self._start_over(self._change)
 
     def _look_for_change(self, observation: Observation) -> None:
         # Judged by an older fit, but for when nobody has asked for one in a long time.
@@ -191,17 +193,15 @@ class LinkEstimator:
         sign = _read_sign(self._count, observation, self._fit) if self._fit.known else None
         if sign is not None:
             self._signs.append(sign)
-            self._news = _find_change(list(self._signs))
+            self._change = _find_change(list(self._signs))
 
-    def _start_over(self, news: Sequence[_Sign]) -> None:
-        """Forget all that came before the change, and a message that it cut in two."""
+    def _start_over(self, change: _Change) -> None:
+        """Forget all that came before the change, and messages that do not fit it."""
         self._changes += 1
         self._signs.clear()
-        self._news = []
-        alike = _list_alike(news)
-        self._prior = self._keep_overhead(self._fit) if alike else None
-        unlike = {sign.number for sign in news if alike and sign not in alike}
-        first = news[0].number
+        self._change = None
+        self._prior = self._keep_overhead(self._fit) if change.of_rate else None
+        first, unlike = change.first, change.unlike
         for kind in self._kinds:
             kept = [entry for entry in kind if entry[0] >= first and entry[0] not in unlike]
             kind.clear()
@@ -285,30 +285,56 @@ def _read_sign(number: int, observation: Observation, fit: LinkFit) -> _Sign | N
     return _Sign(number, log(measured_ns / expected_ns), noise_ns / least_ns)
 
 
-def _find_change(signs: Sequence[_Sign]) -> list[_Sign]:
-    """Return the newest signs that tell of another link; none where it is the old one.
+class _Change(NamedTuple):
+    """A change of the link.
 
-    Five that are far off and agree, or twelve, of which all are off by a little and agree, or all
-    are far off: where these do not agree it is the overhead that has changed, or both.
+    Attributes:
+        first: number of the first observation after it.
+        unlike: those after it that do not fit the others.
+        of_rate: whether it is the rate that has changed; else it may be the overhead, or both.
     """
-    sudden = list(signs[-_SUDDEN:])
-    if _are_one_sided(sudden, _SUDDEN) and all(sign.is_far for sign in sudden):
-        if _list_alike(sudden):
-            return sudden
-        if _are_one_sided(signs, _GRADUAL) and all(sign.is_far for sign in signs):
-            return list(signs)
-    elif _are_one_sided(signs, _GRADUAL - 1):
-        change = median(sign.change for sign in signs)
-        noise = median(sign.noise for sign in signs)
-        if abs(change) >= max(_LEAST_GRADUAL, _NOISE_PER_GRADUAL * noise) and _list_alike(signs):
-            return list(signs)
-    return []
+
+    first: int
+    unlike: frozenset[int]
+    of_rate: bool
 
 
-def _are_one_sided(signs: Sequence[_Sign], least: int) -> bool:
-    """Return whether at least so many are slower, or so many faster."""
-    n_slower = sum(sign.change > 0 for sign in signs)
-    return n_slower >= least or len(signs) - n_slower >= least
+def _find_change(signs: Sequence[_Sign]) -> _Change | None:
+    """Return the change that the newest signs tell of.
+
+    Five in a row, or six of seven, that are far off on one side and agree, or twelve, of which all
+    but one are off by a little on one side and agree. Where twelve are far off and do not agree on
+    a rate it is the overhead that has changed, or both.
+    """
+    for recent, least in ((signs[-_SUDDEN:], _SUDDEN), (signs[-_SUDDEN - 2 :], _SUDDEN + 1)):
+        far = [sign for sign in _list_side(recent) if sign.is_far]
+        alike = _list_alike(far) if len(far) >= least else []
+        if alike:
+            return _describe_change(recent, alike)
+    side = _list_side(signs)
+    if len(side) == _GRADUAL and all(sign.is_far for sign in side):
+        return _Change(signs[0].number, frozenset(), of_rate=False)
+    if len(signs) == _GRADUAL and len(side) >= _GRADUAL - 1:
+        change = median(abs(sign.change) for sign in side)
+        noise = median(sign.noise for sign in side)
+        alike = _list_alike(side)
+        if alike and change >= max(_LEAST_GRADUAL, _NOISE_PER_GRADUAL * noise):
+            return _describe_change(signs, alike)
+    return None
+
+
+def _describe_change(signs: Sequence[_Sign], alike: Sequence[_Sign]) -> _Change:
+    first = alike[0].number
+    unlike = {sign.number for sign in signs} - {sign.number for sign in alike}
+    return _Change(first, frozenset(unlike), of_rate=True)
+
+
+def _list_side(signs: Sequence[_Sign]) -> list[_Sign]:
+    """Return the signs on the side, slower or faster, on which there are more."""
+    slower = [sign for sign in signs if sign.change > 0]
+    if 2 * len(slower) >= len(signs):
+        return slower
+    return [sign for sign in signs if sign.change <= 0]
 
 
 def _list_alike(signs: Sequence[_Sign]) -> list[_Sign]:
@@ -342,26 +368,21 @@ class Estimator:
         self.up = LinkEstimator()
         self.down = LinkEstimator()
         self.duplex = DuplexEstimator()
-        self._sending = BusyTimes()
 
-    def observe_sending(self, start_ns: int, end_ns: int) -> None:
-        """Take note that the uplink was busy, in times of this worker's clock."""
-        self._sending.add(start_ns, end_ns)
-
-    def observe_pull(self, nbytes: int, elapsed_ns: int, messages: int, *, end_ns: int) -> None:
+    def observe_pull(
+        self, nbytes: int, elapsed_ns: int, messages: int, *, shared_ns: int = 0
+    ) -> None:
         """Add what one message of parameters took; see :meth:`LinkEstimator.observe`.
 
         What came while the uplink was busy tells of the downlink's rate only if the two do not
         take turns.
 
         Args:
-            end_ns: when the message was whole, by this worker's clock.
+            shared_ns: for how long of ``elapsed_ns`` the uplink was busy.
         """
-        shared_ns = self._sending.within(end_ns - elapsed_ns, end_ns)
         if shared_ns and self.down.known:
-            expected_ns = messages * self.down.overhead_ns + round(nbytes * self.down.ns_per_byte)
-            self.duplex.observe(expected_ns, elapsed_ns, shared_ns)
-        if shared_ns <= elapsed_ns * _SHARED or self.duplex.half is False:
+            self.duplex.observe(self.down.expect_ns(nbytes, messages), elapsed_ns, shared_ns)
+        if not shared_ns or self.duplex.half is False:
             self.down.observe(nbytes, elapsed_ns, messages)
 
     def observe_pushes(

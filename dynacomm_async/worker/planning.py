@@ -222,7 +222,9 @@ def _is_worthwhile(fresh: AnyPlan, current: AnyPlan, costs: Costs) -> bool:
 
 
 def _warmup_plan(step: int, n_layers: int) -> Plan:
-    n_parts = (n_layers, 1, max(1, (n_layers + 1) // 2))[step % WARMUP_STEPS]
+    # Twice layer by layer: every message after the first tells the overhead, and a plan of one
+    # message, which tells none, has to live on what these steps have told.
+    n_parts = n_layers if step % 2 == 0 else (n_layers + 1) // 2
     return _equal_parts(_WARMUP, n_layers, n_parts)
 
 

@@ -15,7 +15,7 @@ OVERHEAD_NS = 2_000_000
 LAYERS = (660, 9_700, 192_516, 40_692, 3_436)  # bytes, as of a LeNet
 WHOLE = (sum(LAYERS),)
 PLANS = {"sequential": WHOLE, "two messages": (10_360, 236_644), "layerwise": LAYERS}
-WARM_UP = (LAYERS, WHOLE, (660, 202_216, 44_128))
+WARM_UP = (LAYERS, (660, 202_216, 44_128), LAYERS)
 FIRST_PIECE = 16_000
 JUMPS = [(80.0, 400.0), (400.0, 80.0), (80.0, 160.0), (160.0, 80.0), (80.0, 100.0)]
 

@@ -1,0 +1,78 @@
+"""What a session makes of a real, emulated link, also where that changes under it.
+
+The bounds are generous: on a busy machine the emulator is late, and the link really is slower.
+``demos/benchmarks/estimates.py`` prints exact figures.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from dynacomm_async.link import LinkProcess, LinkSettings
+from dynacomm_async.schedule.planners import PLANNERS
+from dynacomm_async.server import ParameterServer
+from dynacomm_async.worker import Session
+
+BYTES_PER_S = 5e6
+NS_PER_BYTE = 1e9 / BYTES_PER_S
+OVERHEAD_S = 0.005
+LAYERS = {"a": 500, "b": 20_000, "c": 3_000, "d": 30_000}
+RATE_ERROR, OVERHEAD_ERROR = 0.3, 0.5
+
+
+def train(address, strategy, n_steps=None):
+    """Train to the end or for some steps; return both directions' estimates and the log."""
+    with Session(address, LAYERS, strategy=strategy, retry_s=10) as session:
+        for step in session.steps():
+            for layer in LAYERS:
+                step.wait(layer)
+            for layer in reversed(LAYERS):
+                session.gradients[session.slice_of(layer)] = 0
+                step.gradient_ready(layer)
+            if step.index + 1 == n_steps:
+                break
+        estimator = session.estimator
+        return [
+            (link.ns_per_byte, link.overhead_ns, link.changes)
+            for link in (estimator.down, estimator.up)
+        ], list(session.plans.log)
+
+
+async def run_over(settings, strategy, steps):
+    initial = np.zeros(sum(LAYERS.values()), np.float32)
+    server = ParameterServer(LAYERS, workers=1, steps=steps, initial=initial)
+    async with server, LinkProcess(settings, tuple(server.address)) as link:
+        return await asyncio.to_thread(train, str(link.address), strategy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "strategy", [name for name in PLANNERS if name in ("sequential", "layerwise", "dynacomm")]
+)
+async def test_rate_and_overhead_of_an_emulated_link_are_found_under_every_kind_of_plan(strategy):
+    settings = LinkSettings(BYTES_PER_S, BYTES_PER_S / 2, overhead_s=OVERHEAD_S)
+    (down, up), log = await run_over(settings, strategy, steps=15)
+
+    for (ns_per_byte, overhead_ns, _), expected in ((down, NS_PER_BYTE), (up, 2 * NS_PER_BYTE)):
+        assert ns_per_byte == pytest.approx(expected, rel=RATE_ERROR)
+        assert overhead_ns == pytest.approx(1e9 * OVERHEAD_S, rel=OVERHEAD_ERROR)
+    assert log[0].reason.startswith("first estimate: ")
+
+
+@pytest.mark.slow
+async def test_a_link_that_becomes_slower_is_noticed_under_one_message_a_step():
+    slower = BYTES_PER_S / 4
+    settings = LinkSettings(
+        BYTES_PER_S,
+        BYTES_PER_S,
+        overhead_s=OVERHEAD_S,
+        # A step takes 0.1 s at first; a start that takes longer than this sees the slow link only.
+        schedule=((0.0, BYTES_PER_S, BYTES_PER_S), (2.5, slower, slower)),
+    )
+    links, _ = await run_over(settings, "sequential", steps=40)
+
+    for ns_per_byte, _, _ in links:
+        assert ns_per_byte == pytest.approx(4 * NS_PER_BYTE, rel=RATE_ERROR)
