@@ -27,27 +27,34 @@ _INTERVALS = 256
 
 
 class BusyTimes:
-    """When one direction was busy: intervals on one clock, in order, none overlapping."""
+    """When one direction was busy: intervals on one clock, in the order of their ends.
+
+    Attributes:
+        end_ns: the end of the last interval; 0 before there is one.
+    """
 
     def __init__(self) -> None:
         self._starts: deque[int] = deque(maxlen=_INTERVALS)
         self._ends: deque[int] = deque(maxlen=_INTERVALS)
+        self.end_ns = 0
 
     def add(self, start_ns: int, end_ns: int) -> None:
-        """Add an interval; one that begins before the last one ended, or then, extends it.
+        """Add an interval; what of it has been added before does not count twice.
 
         Raises:
-            PlanError: it ends before it begins, or begins before the last one.
+            PlanError: it ends before it begins, or before the last one ended.
         """
-        if end_ns < start_ns or (self._starts and start_ns < self._starts[-1]):
+        if end_ns < start_ns or (self._ends and end_ns < self._ends[-1]):
             raise PlanError(
-                f"busy from {start_ns} to {end_ns} ns, expected an interval after the last one"
+                f"busy from {start_ns} to {end_ns} ns, expected an interval that ends after the "
+                "last one"
             )
-        if self._ends and start_ns <= self._ends[-1]:
-            self._ends[-1] = max(self._ends[-1], end_ns)
-        else:
-            self._starts.append(start_ns)
-            self._ends.append(end_ns)
+        self.end_ns = end_ns
+        while self._ends and start_ns <= self._ends[-1]:
+            self._ends.pop()
+            start_ns = min(start_ns, self._starts.pop())
+        self._starts.append(start_ns)
+        self._ends.append(end_ns)
 
     def within(self, start_ns: int, end_ns: int) -> int:
         """Return for how long it was busy between two times. O(log n) for n intervals, and more

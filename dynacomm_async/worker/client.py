@@ -27,6 +27,7 @@ from dynacomm_async.errors import (
 from dynacomm_async.ranges import Range
 from dynacomm_async.recording import ClockOffset, Planned, Recorder
 from dynacomm_async.schedule.costs import Costs
+from dynacomm_async.schedule.duplex import BusyTimes
 from dynacomm_async.schedule.estimator import Estimator
 from dynacomm_async.schedule.plan import AnyPlan, PolicyPlan, is_crossing
 from dynacomm_async.transport import Channel
@@ -237,6 +238,7 @@ class Client:
         self._wake = asyncio.Event()
         self._uplink: asyncio.Task[None] | None = None
         self._last_arrival_ns = 0
+        self._sending = BusyTimes()
         self._n_computed = 0  # steps
         self._think_again_ns = 0
         self._leaving: asyncio.Task[None] | None = None
@@ -458,10 +460,12 @@ class Client:
         estimator = self._joined.estimator
         observation = arrival.observation(self._last_arrival_ns)
         if observation is not None:
-            estimator.observe_pull(*observation, end_ns=arrival.last_ns)
+            end_ns = arrival.last_ns
+            shared_ns = self._sending.within(end_ns - observation[1], end_ns)
+            estimator.observe_pull(*observation, shared_ns=shared_ns)
         self._last_arrival_ns = arrival.last_ns
         if message.timing is not None:
-            crossing = is_crossing(self._joined.plans.plan_of(message.version - 1))
+            crossing = is_crossing(self._joined.plans.plan_of(message.version))
             estimator.observe_pushes(message.timing.arrivals, crossing=crossing)
             estimator.observe_server(message.timing.apply_ns)
             self._board.note_timing(message.version, message.timing)
@@ -501,7 +505,7 @@ class Client:
                 payload = self._bytes(self._joined.arenas.outgoing, send.cells)
                 start_ns = monotonic_ns()
                 await self.channel.send(message, payload, back_to_back=busy)
-                self._joined.estimator.observe_sending(start_ns, monotonic_ns())
+                self._note_sending(sum(map(len, payload)), start_ns)
                 busy = True
                 machine = self._machines[step]
                 self._carry_out(step, machine.handle(LinkFree()))
@@ -509,6 +513,15 @@ class Client:
                     del self._machines[step]
         except Exception as error:
             self._fail(error)
+
+    def _note_sending(self, nbytes: int, start_ns: int) -> None:
+        """Take note of how long a message that has just been sent keeps the uplink busy.
+
+        What is left of it in buffers goes on doing so for as long as the link is known to need.
+        """
+        start_ns = max(start_ns, self._sending.end_ns)
+        needed_ns = self._joined.estimator.up.expect_ns(nbytes)
+        self._sending.add(start_ns, max(monotonic_ns(), start_ns + needed_ns))
 
     def _fail(self, error: Exception) -> None:
         """End the session: nothing would be sent any more, and everybody would wait for it."""
