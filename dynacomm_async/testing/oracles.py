@@ -173,6 +173,13 @@ def search_crossing(costs: Costs, n_slices: int = 1) -> int:
     releases_ns = [
         sum(layer.backward_ns for layer in costs.layers[index:]) for index in range(n_layers)
     ]
+    # From a unit's arrival at the server to the end of the step, at least.
+    least_ns = [
+        costs.overhead_down_ns
+        + costs.latency_down_ns
+        + sum(layer.forward_ns for layer in costs.layers[index:])
+        for index in range(n_layers)
+    ]
     orders = list(list_all_orders(range(len(units))))
     share = costs.link_share
     best_ns = None
@@ -185,6 +192,10 @@ def search_crossing(costs: Costs, n_slices: int = 1) -> int:
             now_ns += sum(costs.layers[units[unit]].push_ns * share for unit in message) // n_slices
             for unit in message:
                 applied_ns[unit] = now_ns + costs.latency_up_ns + costs.server_ns
+        if best_ns is not None and best_ns <= max(
+            applied_ns[unit] + least_ns[layer] for unit, layer in enumerate(units)
+        ):
+            continue
         for down in orders:
             now_ns = 0
             arrived_ns = [0] * n_layers

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dynacomm_async.errors import PlanError
-from dynacomm_async.schedule import Plan, Segment, cut_segments
+from dynacomm_async.schedule import Plan, Policy, PolicyPlan, Segment, cut_segments, read_plan
 
 
 def test_a_plan_covers_all_layers_in_both_directions() -> None:
@@ -101,3 +101,63 @@ def test_cuts_ascend_inside_the_model(cuts: list[int]) -> None:
 def test_a_bad_saved_plan_is_refused(mapping: object) -> None:
     with pytest.raises(PlanError, match="expected"):
         Plan.from_json(mapping)
+
+
+def test_without_a_barrier_segments_may_leave_in_any_order() -> None:
+    plan = Plan("mine", 2, (B, A), (A, B), barrier=False)
+    assert plan.to_json()["barrier"] is False
+    assert read_plan(json.loads(json.dumps(plan.to_json()))) == plan
+    with pytest.raises(PlanError, match="pull: a segment begins at layer 1, expected layer 0"):
+        Plan("mine", 2, (B, A), (B, A))
+    with pytest.raises(PlanError, match="expected layer 1"):
+        Plan("mine", 2, (A, A), (A, B), barrier=False)
+    with pytest.raises(PlanError, match="the segments cover 1 layers, expected 2"):
+        Plan("mine", 2, (B, A), (A,), barrier=False)
+    with pytest.raises(PlanError, match="barrier is 0, expected True or False"):
+        Plan("mine", 2, (A, B), (B, A), barrier=0)  # type: ignore[arg-type]
+
+
+def test_policies_are_saved_and_read_back() -> None:
+    plan = PolicyPlan("mine", 3, pull=Policy(None, 5), push=Policy(7, 0, True, True))
+    assert plan.to_json() == {
+        "strategy": "mine",
+        "layers": 3,
+        "pull": {
+            "cap_nbytes": None,
+            "threshold_nbytes": 5,
+            "whole_layers": False,
+            "one_layer": False,
+        },
+        "push": {
+            "cap_nbytes": 7,
+            "threshold_nbytes": 0,
+            "whole_layers": True,
+            "one_layer": True,
+        },
+    }
+    assert read_plan(json.loads(json.dumps(plan.to_json()))) == plan
+    assert PolicyPlan.from_json({**plan.to_json(), "step_s": 1}) == plan
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"strategy": None}, {"strategy": ""}, {"layers": 0}, {"layers": "3"}, {"layers": None}),
+        *({"pull": None}, {"push": []}, {"push": {}}, {"push": {"cap_nbytes": 3}}),
+        {
+            "pull": {
+                "cap_nbytes": 0,
+                "threshold_nbytes": 0,
+                "whole_layers": False,
+                "one_layer": False,
+            }
+        },
+    ],
+    ids=str,
+)
+def test_policies_that_cannot_be_read_are_refused(change: dict[str, Any]) -> None:
+    table = PolicyPlan("mine", 3, Policy(), Policy()).to_json()
+    with pytest.raises(PlanError, match="expected"):
+        PolicyPlan.from_json({**table, **change})
+    with pytest.raises(PlanError, match="expected an object"):
+        PolicyPlan.from_json([change])

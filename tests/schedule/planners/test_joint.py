@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from dynacomm_async.schedule import (
+    Costs,
+    LayerCosts,
+    PolicyPlan,
+    evaluate,
+    lower_bound_ns,
+    make_plan,
+)
+from dynacomm_async.schedule.planners import keep_joint, plan_joint
+from dynacomm_async.testing import search_crossing
+
+MakeCosts = Callable[..., Costs]
+
+
+def make_network(seed: int, n_layers: int = 40, **settings: object) -> Costs:
+    """A random network of some megabytes on a link that takes about as long as it computes."""
+    numbers = random.Random(seed)
+    layers = []
+    for index in range(n_layers):
+        nbytes = numbers.choice([300, 30_000, 300_000, numbers.randint(1, 2_000_000)])
+        forward_ns = numbers.randint(0, 8_000_000)
+        layers.append(
+            LayerCosts(f"{index}", nbytes, 10 * nbytes, forward_ns, 2 * forward_ns, 10 * nbytes)
+        )
+    overhead_ns = numbers.choice([0, 10_000, 500_000, 5_000_000, 50_000_000])
+    return Costs(tuple(layers), overhead_ns, overhead_ns, **settings)  # type: ignore[arg-type]
+
+
+def make_small(seed: int) -> Costs:
+    """Three or four layers of one cell each, on a link equal both ways."""
+    numbers = random.Random(seed)
+    most_ns = 16_384 * 1000
+
+    def draw(nbytes: int) -> LayerCosts:
+        forward_ns, backward_ns = numbers.randint(0, most_ns), numbers.randint(0, most_ns)
+        return LayerCosts(
+            f"{nbytes}", nbytes, 1000 * nbytes, forward_ns, backward_ns, 1000 * nbytes
+        )
+
+    sizes = numbers.sample(range(1, 16_385), numbers.choice([3, 4]))
+    overhead_ns = numbers.randint(0, most_ns) * numbers.choice([1, 1, 2, 4]) // 4
+    return Costs(tuple(map(draw, sizes)), overhead_ns, overhead_ns)
+
+
+def test_joint_is_never_worse_than_dynacomm_and_never_below_the_bound(
+    make_costs: MakeCosts,
+) -> None:
+    for seed in range(150):
+        costs = make_costs(
+            seed,
+            most_layers=12,
+            latency_up_ns=seed % 3,
+            latency_down_ns=seed % 5,
+            server_ns=seed % 7,
+            workers=1 + seed % 3,
+            shared_link=seed % 2 == 0,
+        )
+        step_ns = evaluate(plan_joint(costs), costs).step_ns
+        assert step_ns <= evaluate(make_plan("dynacomm", costs), costs).step_ns, seed
+        assert step_ns >= lower_bound_ns(costs).step_ns, seed
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_joint_is_never_worse_than_dynacomm_on_networks_of_megabytes(seed: int) -> None:
+    settings: dict[str, object] = {} if seed % 2 else {"latency_up_ns": 10**7, "server_ns": 10**6}
+    costs = make_network(seed, **settings)
+    plan = plan_joint(costs)
+    assert plan.strategy == "joint"
+    step_ns = evaluate(plan, costs).step_ns
+    assert step_ns <= evaluate(make_plan("dynacomm", costs), costs).step_ns
+    assert step_ns <= 1.25 * lower_bound_ns(costs).step_ns
+
+
+def test_small_instances_are_on_average_within_half_a_percent_of_the_best_of_all_orders() -> None:
+    ratios = []
+    for seed in range(200):
+        costs = make_small(seed)
+        best_ns = search_crossing(costs)
+        step_ns = evaluate(plan_joint(costs), costs).step_ns
+        assert best_ns <= step_ns, seed  # no layer is large enough to be cut
+        ratios.append(step_ns / best_ns)
+    assert statistics.fmean(ratios) <= 1.005
+
+
+def test_where_nothing_is_to_gain_dynacomms_plan_and_its_barrier_are_kept() -> None:
+    layers = tuple(LayerCosts(f"{i}", 1000, 1, 10**6, 10**6, 1) for i in range(5))
+    costs = Costs(layers, 10, 10)
+    plan = plan_joint(costs)
+    assert plan == replace(make_plan("dynacomm", costs), strategy="joint")
+
+
+@pytest.mark.parametrize("overhead_ns", [0, 1000])
+def test_a_link_that_takes_no_time_is_no_obstacle(overhead_ns: int) -> None:
+    layers = tuple(LayerCosts(f"{i}", 50_000, 0, 70, 90, 0) for i in range(5))
+    costs = Costs(layers, overhead_ns, overhead_ns)
+    step_ns = evaluate(plan_joint(costs), costs).step_ns
+    assert step_ns <= evaluate(make_plan("dynacomm", costs), costs).step_ns
+
+
+def test_one_layer_gains_by_being_cut() -> None:
+    costs = Costs((LayerCosts("a", 10**7, 10**8, 10, 10, 10**8),), 10**5, 10**5)
+    plan = plan_joint(costs)
+    assert isinstance(plan, PolicyPlan)
+    assert evaluate(plan, costs).step_ns <= 1.01 * lower_bound_ns(costs).step_ns
+    assert evaluate(make_plan("dynacomm", costs), costs).step_ns > 2 * 10**8
+
+
+def test_equal_tables_give_equal_plans_on_every_machine() -> None:
+    plans = [plan_joint(make_network(seed, n_layers=12)).to_json() for seed in range(6)]
+    text = json.dumps(plans, sort_keys=True)
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "549de65789b99573"
+
+
+def test_a_plan_in_use_is_kept_for_as_long_as_it_beats_dynacomms() -> None:
+    costs = make_network(1)
+    plan = plan_joint(costs)
+    assert keep_joint(plan, costs) == plan
+    slower = replace(costs, overhead_up_ns=10**9, overhead_down_ns=10**9)
+    kept = keep_joint(plan, slower)
+    assert kept == replace(make_plan("dynacomm", slower), strategy="joint")
