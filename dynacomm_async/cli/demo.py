@@ -14,6 +14,7 @@ from dynacomm_async.cli.train import train_locally
 from dynacomm_async.cli.workload import add_run_arguments, check_run
 from dynacomm_async.errors import ConfigError
 from dynacomm_async.schedule import PLANNERS
+from dynacomm_async.worker import DEFAULT_STRATEGY
 
 __all__ = ["add_arguments", "command"]
 
@@ -50,7 +51,7 @@ def command(args: argparse.Namespace) -> int:
     fleet = fleet_from(args)
     if args.trace is not None:
         check_writable(args.trace)
-    check_run(args, "dynacomm")
+    check_run(args, DEFAULT_STRATEGY)
     try:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -66,9 +67,9 @@ def command(args: argparse.Namespace) -> int:
     files["comparison.json"].write_text(to_json(found.to_json(), indent=1) + "\n")
     if not args.json:
         print_comparison(found)
-    say("2. training to the end under dynacomm")
+    say(f"2. training to the end under {DEFAULT_STRATEGY}")
     long = argparse.Namespace(**{**vars(args), "save": files["model.npz"]})
-    result = train_locally(long, "dynacomm", fleet)
+    result = train_locally(long, DEFAULT_STRATEGY, fleet)
     _print_result(args, found, result, [str(path) for path in files.values()])
     return 0
 

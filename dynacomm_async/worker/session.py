@@ -44,7 +44,7 @@ __all__ = ["DEFAULT_PORT", "DEFAULT_STRATEGY", "Layers", "PlansFactory", "Sessio
 
 DEFAULT_PORT = 7070
 
-DEFAULT_STRATEGY = "dynacomm"
+DEFAULT_STRATEGY = "joint"
 
 _GREETING_S = 30.0
 """How long a server may take to answer a hello; slow links have a part in it."""

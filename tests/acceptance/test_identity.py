@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import threadpoolctl  # comes with scikit-learn
 
+from dynacomm_async.ranges import CELL_NBYTES
 from dynacomm_async.schedule import PLANNERS
 
-STEPS = 12
+STEPS, LAYERS = 12, 5
 N_WORKERS = (1, 2, 3)
 OPTIONS = {
     "model": "lenet",
@@ -48,6 +49,7 @@ def options(**changes):
 def comparison(request):
     """All strategies with a number of workers: what was found, and that number."""
     from dynacomm_async.cli import compare
+    from dynacomm_async.cli.links import Fleet
     from dynacomm_async.cli.parser import Parser
     from dynacomm_async.link import LinkSettings
 
@@ -55,7 +57,8 @@ def comparison(request):
     compare.add_arguments(parser)
     args = parser.parse_args([*options(), f"--workers={request.param}", "--json"])
     link = LinkSettings(rate_down_bytes_per_s=50e6, rate_up_bytes_per_s=50e6)
-    return request.param, compare.compare(args, list(PLANNERS), link)
+    fleet = Fleet((link,) * request.param, (1.0,) * request.param)
+    return request.param, compare.compare(args, list(PLANNERS), fleet)
 
 
 def replay(n_workers, **changes):
@@ -142,10 +145,16 @@ def plan_of(changes, step):
     return next(plan for first, plan in reversed(changes) if first <= step)
 
 
-def messages_of_plans(changes, direction):
-    """Messages by step; the final parameters are pulled, too, but nothing is pushed for them."""
-    steps = range(STEPS + (direction == "pull"))
-    return {str(step): len(plan_of(changes, step)[direction]) for step in steps}
+def check_messages_of_plans(counted, changes, direction, nbytes):
+    """By step; the final parameters are pulled, too, but nothing is pushed for them."""
+    assert list(counted) == [str(step) for step in range(STEPS + (direction == "pull"))]
+    for step, n_messages in counted.items():
+        planned = plan_of(changes, int(step))[direction]
+        if isinstance(planned, list):
+            assert n_messages == len(planned)
+        else:  # a policy: as many as its cap asks for, at most one for each cell
+            least = -(-nbytes // max(planned["cap_nbytes"] or nbytes, CELL_NBYTES))
+            assert least <= n_messages <= -(-nbytes // CELL_NBYTES) + LAYERS
 
 
 @pytest.mark.parametrize("strategy", PLANNERS)
@@ -153,11 +162,12 @@ def test_the_links_own_count_of_messages_is_that_of_the_plans(comparison, strate
     n_workers, found = comparison
     plans, links = found.plans[strategy], found.links[strategy]
     assert len(plans) == len(links) == n_workers
+    nbytes = sum(layer["nbytes"] for layer in found.costs["layers"])
 
     for changes, counters in zip(plans, links, strict=True):
         up, down = counters["up"]["kinds"], counters["down"]["kinds"]
-        assert up["GRADIENTS"]["steps"] == messages_of_plans(changes, "push")
-        assert down["PARAMETERS"]["steps"] == messages_of_plans(changes, "pull")
+        check_messages_of_plans(up["GRADIENTS"]["steps"], changes, "push", nbytes)
+        check_messages_of_plans(down["PARAMETERS"]["steps"], changes, "pull", nbytes)
 
 
 @pytest.mark.parametrize("strategy", PLANNERS)
