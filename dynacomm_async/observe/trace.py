@@ -242,7 +242,11 @@ class _Builder:
             free = span.end = max(span.end, span.start + 1)
 
     def _flows(self) -> list[dict[str, Any]]:
-        """Return arrows along each message; they touch each span while it lasts."""
+        """Return arrows along each message; they touch each span while it lasts.
+
+        They leave out a link that made up for a late wake-up of its own by counting the message as
+        through before it was sent.
+        """
         events = []
         for number, spans in enumerate(self._arrows, 1):
             points: list[tuple[_Span, int]] = []

@@ -236,7 +236,8 @@ async def test_the_trace_is_what_viewers_take(toy):
     assert categories["forward"] == categories["backward"] == 2 * STEPS * len(toy.layers)
     assert categories["step"] == 2 * STEPS
     arrows = Counter(event["ph"] for event in events if event["ph"] in "stf")
-    assert arrows == dict.fromkeys("stf", len(run.joined.crossings))
+    assert arrows["s"] == arrows["f"] == len(run.joined.crossings)
+    assert 0 < arrows["t"] <= arrows["s"]
     plans = [event for event in events if event["ph"] == "i"]
     changes = sum(len(session.plans.changes) for session in run.sessions.values())
     assert len(plans) == changes > 0

@@ -40,7 +40,8 @@ def test_train_traces_server_links_and_workers_on_one_clock(run, quick, tmp_path
     expected = ["server", "link of worker 0", "link of worker 1", "worker 0", "worker 1"]
     assert processes(trace) == expected
     assert min(event["ts"] for event in trace["traceEvents"] if "ts" in event) == 0
-    assert set(arrows(trace)) == {"stf"}
+    # Seen at both ends and on the link, which may have made up for a late wake-up of its own.
+    assert {"stf"} <= set(arrows(trace)) <= {"stf", "sf"}
     assert categories(trace)["forward"] == categories(trace)["backward"] == 2 * 4 * 5
     assert {entry["clock_uncertainty_us"] for entry in trace["otherData"]["processes"]} == {0}
     assert list(tmp_path.iterdir()) == [path]
