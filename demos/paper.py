@@ -15,9 +15,10 @@ Run it::
     python demos/paper.py --flops 5e12 --bandwidth 10gbit --overhead 0.5ms -o elsewhere
 
 What to look for
-    DynaComm's line is nowhere above another: it is the optimum of each phase. What it gains is
-    most where communication takes as long as computing, and little where either is small. Below
-    it the lower bound shows what is still lost at the barrier between two steps. With
+    Of the strategies with a barrier between steps DynaComm's line is nowhere above another: it is
+    the optimum of each phase. What it gains is most where communication takes as long as
+    computing, and little where either is small. Below it joint, which needs no barrier, comes close
+    to the lower bound, below which no schedule can be. With
     ``--measure`` the loss curves lie on each other, bit for bit: a schedule changes when numbers
     travel, not what they are.
 
@@ -109,16 +110,17 @@ def relative(verdict: Verdict) -> dict[str, float]:
     return {**steps, "lower bound": verdict.lower_bound_ns / plainest_ns}
 
 
-def scale_out(costs: Costs, strategy: str) -> list[float]:
-    """Return the work that 1, 2, ... workers do on one shared link.
+def scale_out(costs: Costs) -> dict[str, list[float]]:
+    """Return the work that 1, 2, ... workers do on one shared link, under each strategy.
 
     One is what a single worker does that never waits for a link.
     """
     alone_ns = sum(layer.forward_ns + layer.backward_ns for layer in costs.layers)
-    return [
-        workers * alone_ns / judge(with_workers(costs, workers)).steps_ns[strategy]
-        for workers in WORKERS
-    ]
+    verdicts = {workers: judge(with_workers(costs, workers)) for workers in WORKERS}
+    return {
+        name: [workers * alone_ns / verdict.steps_ns[name] for workers, verdict in verdicts.items()]
+        for name in PLANNERS
+    }
 
 
 def solve_cubic(costs: Costs) -> None:
@@ -218,7 +220,12 @@ def finish(canvas: Canvas, title: str, what: str = "step time relative to sequen
     canvas.figure.supylabel(what, fontsize=9)
     handles, labels = canvas.axes[0][0].get_legend_handles_labels()
     canvas.figure.legend(
-        handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, frameon=False
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=min(len(labels), 4),
+        fontsize=9,
+        frameon=False,
     )
 
 
@@ -227,8 +234,8 @@ def draw_workers(tables: Mapping[str, Costs], title: str, path: Path) -> None:
     canvas = Canvas(8.2, 5.4, 2, 2, sharex=True, sharey=True)
     panels = [axes for line in canvas.axes for axes in line]
     for axes, (network, costs) in zip(panels, tables.items(), strict=True):
-        for index, name in enumerate(PLANNERS):
-            draw_line(axes, WORKERS, scale_out(costs, name), name, index)
+        for index, (name, work) in enumerate(scale_out(costs).items()):
+            draw_line(axes, WORKERS, work, name, index)
         label = "without a network"
         axes.plot(WORKERS, WORKERS, color="black", linestyle=":", linewidth=1.2, label=label)
         axes.set_title(NETWORKS[network], fontsize=10)

@@ -40,8 +40,8 @@ def test_every_picture_is_drawn_and_dynacomm_is_nowhere_behind(tmp_path):
     assert header.split()[:5] == ["sequential", "layerwise", "ibatch", "bucket", "dynacomm"]
     assert [row.split()[0] for row in rows] == ["VGG-19", "GoogLeNet", "Inception-v4", "ResNet-152"]
     for row in rows:
-        layerwise, ibatch, bucket, dynacomm, bound = map(float, row.split()[3:8])
-        assert bound <= dynacomm <= min(1, layerwise, ibatch, bucket)
+        layerwise, ibatch, bucket, dynacomm, _, joint, bound = map(float, row.split()[3:10])
+        assert bound <= joint <= dynacomm <= min(1, layerwise, ibatch, bucket)
 
 
 def test_help_shows_an_example():
