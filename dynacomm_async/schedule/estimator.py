@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from math import log
+from math import inf, log
 from statistics import median
 from typing import NamedTuple
 
@@ -56,7 +56,11 @@ _ALIKE = 0.15
 """Signs of one new rate differ by no more than this, or twice their noise; outliers do."""
 
 _KEPT_ERROR, _KEPT_ERROR_NS = 0.05, 50_000.0
-"""How exact an overhead is at least taken to remain when the rate has changed."""
+"""How exact an overhead is at most taken to remain when the rate has changed."""
+
+_DOUBTED_ERROR = 0.5
+"""The same where it may have changed too. To forget it would leave a plan of one message a step,
+which can tell none, without any."""
 
 
 class LayerTimes:
@@ -200,7 +204,7 @@ class LinkEstimator:
         self._changes += 1
         self._signs.clear()
         self._change = None
-        self._prior = self._keep_overhead(self._fit) if change.of_rate else None
+        self._prior = self._keep_overhead(_KEPT_ERROR if change.of_rate else _DOUBTED_ERROR)
         first, unlike = change.first, change.unlike
         for kind in self._kinds:
             kept = [entry for entry in kind if entry[0] >= first and entry[0] not in unlike]
@@ -209,11 +213,11 @@ class LinkEstimator:
         self._fit = fit_link(())
         self._refit()
 
-    @staticmethod
-    def _keep_overhead(fit: LinkFit) -> Prior | None:
-        if fit.overhead_error_ns > max(fit.overhead_ns, _KEPT_ERROR_NS):
-            return None
-        least_ns = max(_KEPT_ERROR * fit.overhead_ns, _KEPT_ERROR_NS)
+    def _keep_overhead(self, least_error: float) -> Prior | None:
+        fit = self._fit
+        if fit.overhead_error_ns == inf:
+            return self._prior
+        least_ns = max(least_error * fit.overhead_ns, _KEPT_ERROR_NS)
         return Prior(fit.overhead_ns, max(fit.overhead_error_ns, least_ns))
 
     def _result(self) -> LinkFit:
