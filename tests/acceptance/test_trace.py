@@ -218,7 +218,8 @@ async def test_the_measured_steps_follow_each_other_without_a_gap(toy):
     for step in steps.values():
         assert all(0 <= work.start_ns <= work.end_ns <= step.step_ns for work in step.computations)
         assert step.transfers[0].start_ns == 0
-        assert max(transfer.end_ns for transfer in step.transfers) <= step.step_ns
+        # A link that was woken late counts up to 20 ms back.
+        assert max(transfer.end_ns for transfer in step.transfers) <= step.step_ns + 20_000_000
 
 
 async def test_the_trace_is_what_viewers_take(toy):
