@@ -195,14 +195,19 @@ def lower_bound_ns(costs: Costs) -> LowerBound:
         backward_ns + down_ns + layers[-1].forward_ns,
         layers[-1].backward_ns + up_ns + forward_ns,
     )
-    pull_ns = push_ns = 0
+    pull_ns = push_ns = least_ns = 0
     # Compute that neither precedes the first of these gradients nor follows these parameters.
     release_ns = sum(layer.backward_ns for layer in layers)
     tail_ns = sum(layer.forward_ns for layer in layers)
     for layer in layers:
         pull_ns += layer.pull_ns
         push_ns += layer.push_ns
-        turn_ns = _turn_ns(push_ns, up_ns) if equal else max(pull_ns, push_ns) + up_ns + down_ns
+        least_ns += min(layer.pull_ns, layer.push_ns)
+        # A link that is as fast both ways as this one's faster direction is no slower than it.
+        turn_ns = max(
+            _turn_ns(least_ns, min(up_ns, down_ns)),
+            max(pull_ns, push_ns) + up_ns + down_ns,
+        )
         if share > 1:
             turn_ns = max(
                 turn_ns,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from typing import NamedTuple
 
 from dynacomm_async.schedule.costs import Costs
 from dynacomm_async.schedule.estimator import Estimator
@@ -17,6 +18,9 @@ __all__ = ["SearchedPlans"]
 
 _WORSE_PERCENT = 102
 """A plan that is this much farther from the bound than when it was found is looked for anew."""
+
+_MOVED_PERCENT = 5
+"""So is one whose bound has moved by this much: what was best then may be far from it now."""
 
 
 class SearchedPlans(AdaptivePlans):
@@ -32,7 +36,7 @@ class SearchedPlans(AdaptivePlans):
         super().__init__("joint", estimator, n_layers, robust=False)
         self._search = find_planner("joint")
         # Written by the searching thread, read by the event loop's: one assignment each.
-        self._found: tuple[AnyPlan, int] | None = None
+        self._found: _Found | None = None
         self._thread: threading.Thread | None = None
 
     def close(self) -> None:
@@ -42,24 +46,36 @@ class SearchedPlans(AdaptivePlans):
 
     def _make(self, costs: Costs) -> AnyPlan:
         found = self._found
-        if found is None or _distance(found[0], costs) * 100 > found[1] * _WORSE_PERCENT:
+        if found is None or found.is_outdated(costs):
             self._search_for(costs)
         if found is None:
             return replace(plan_dynacomm(costs), strategy="joint")
-        return keep_joint(found[0], costs)
+        return keep_joint(found.plan, costs)
 
     def _search_for(self, costs: Costs) -> None:
         if self._thread is not None and self._thread.is_alive():
             return
 
         def search() -> None:
-            plan = self._search(costs)
-            self._found = plan, _distance(plan, costs)
+            self._found = _Found.judge(self._search(costs), costs)
 
         self._thread = threading.Thread(target=search, name="plan search", daemon=True)
         self._thread.start()
 
 
-def _distance(plan: AnyPlan, costs: Costs) -> int:
-    """Return a plan's step over the lower bound, in millionths."""
-    return evaluate(plan, costs).step_ns * 10**6 // max(lower_bound_ns(costs).step_ns, 1)
+class _Found(NamedTuple):
+    """What a search has found, and how good it was then."""
+
+    plan: AnyPlan
+    step_ns: int
+    bound_ns: int
+
+    @classmethod
+    def judge(cls, plan: AnyPlan, costs: Costs) -> _Found:
+        return cls(plan, evaluate(plan, costs).step_ns, lower_bound_ns(costs).step_ns)
+
+    def is_outdated(self, costs: Costs) -> bool:
+        now = self.judge(self.plan, costs)
+        if 100 * abs(now.bound_ns - self.bound_ns) > _MOVED_PERCENT * self.bound_ns:
+            return True
+        return 100 * now.step_ns * self.bound_ns > _WORSE_PERCENT * self.step_ns * now.bound_ns
