@@ -155,9 +155,15 @@ def main() -> int:
         description="Print each strategy's step over the lower bound for 288 settings.",
         epilog="example: python demos/benchmarks/strategies.py --networks vgg19,googlenet",
     )
-    parser.add_argument("--networks", default=",".join(NETWORKS), metavar="A,B")
-    parser.add_argument("--strategies", default=",".join(PLANNERS), metavar="A,B")
-    parser.add_argument("--list", type=int, default=0, metavar="N", help="the N worst settings too")
+    parser.add_argument(
+        "--networks", default=",".join(NETWORKS), metavar="A,B", help="some of %(default)s"
+    )
+    parser.add_argument(
+        "--strategies", default=",".join(PLANNERS), metavar="A,B", help="some of %(default)s"
+    )
+    parser.add_argument(
+        "--list", type=int, default=0, metavar="N", help="each strategy's N worst settings too"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     strategies = parse_list(args.strategies, list(PLANNERS), parser)

@@ -150,3 +150,27 @@ def test_the_overlap_benchmark_reports_what_its_model_says_beside_what_it_measur
     longer_s = max(row["communication_s"], row["computation_s"])
     assert longer_s <= row["predicted_s"] < row["communication_s"] + row["computation_s"]
     assert row["ratio"] > 0.9  # above 1 but for noise; how much above is for idle machines
+
+
+def test_over_all_settings_of_a_network_no_strategy_is_behind_what_it_contains():
+    found = json.loads(run_demo("benchmarks/strategies.py", "--networks=vgg19", "--json"))
+
+    assert len(found["settings"]) == 3 * 3 * 4 * 2
+    assert found["behind"]["joint"] == {"dynacomm": 0}
+    assert set(found["behind"]["dynacomm"].values()) == {0}
+    assert found["strategies"]["joint"]["mean"] <= 1.015
+    assert 1 <= found["strategies"]["joint"]["worst"] <= 1.19
+    for row in found["settings"]:
+        assert row["lower_bound_s"] <= min(row["step_s"].values())
+
+
+def test_the_strategies_benchmark_names_what_it_does_not_know():
+    done = subprocess.run(
+        [sys.executable, str(DEMOS / "benchmarks/strategies.py"), "--networks=vgg99"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "there is no 'vgg99', expected some of vgg19,googlenet" in done.stderr

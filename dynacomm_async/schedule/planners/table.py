@@ -35,6 +35,7 @@ PLANNERS: Mapping[str, Callable[[Costs], AnyPlan]] = MappingProxyType(
 CROSSING = frozenset({"priority", "joint"})
 """The strategies whose plans may cross the boundary between steps, for want of a barrier."""
 
+
 def find_planner(strategy: str) -> Callable[[Costs], AnyPlan]:
     """Return the planner of that name.
 
