@@ -174,3 +174,26 @@ def test_the_strategies_benchmark_names_what_it_does_not_know():
     )
     assert done.returncode == 2
     assert "there is no 'vgg99', expected some of vgg19,googlenet" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_changing_link_changes_plans_and_no_loss():
+    out = run_demo("adapt.py", "--model=mlp", "--data=synthetic", "--batch=32", "--phase=3")
+
+    assert "first estimate: down" in out
+    assert "losses of the first" in out
+    assert "NOT identical" not in out
+
+
+def test_the_replanning_benchmark_measures_every_table():
+    tables = json.loads(run_demo("benchmarks/replanning.py", "--tables", "--json"))["tables"]
+
+    assert {table["layers"] for table in tables} == {5, 20, 156}
+    assert all(0 < table["median_s"] <= table["longest_s"] for table in tables)
+
+
+def test_plans_for_several_rates_lose_less_where_the_rate_is_wrong():
+    rows = json.loads(run_demo("benchmarks/robustness.py", "--json"))["rows"]
+    worst = {row["plan"]: row["errors"][-1]["worst_loss"] for row in rows}
+
+    assert worst["best of 5, 30 %"] < 0.05 < worst["the estimate's"]
