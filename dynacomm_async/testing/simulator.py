@@ -175,9 +175,9 @@ class _Simulation:
                 if begin < end:
                     total_ns += self._until_ns(layer, end, layers_ns)
                     total_ns -= self._until_ns(layer, begin, layers_ns)
-        return total_ns * self._costs.link_share
+        return total_ns
 
     def _until_ns(self, layer: int, cell: int, layers_ns: Sequence[int]) -> int:
         nbytes = self._costs.layers[layer].nbytes
         done = min((cell - self._layers[layer].first) * CELL_NBYTES, nbytes)
-        return layers_ns[layer] * done // nbytes
+        return layers_ns[layer] * self._costs.link_share * done // nbytes
