@@ -62,13 +62,15 @@ class Cell:
         step_s: median measured step.
         interval_s: 95 % confidence interval of that median.
         predicted_s: what the cost table promised.
+        lower_bound_s: below which no schedule can be, by the same table.
     """
 
     link: str
     strategy: str
     step_s: float
-    interval_s: tuple[float, float]
+    interval_s: list[float]
     predicted_s: float
+    lower_bound_s: float
 
     @property
     def error(self) -> float:
@@ -92,8 +94,9 @@ def measure(args: argparse.Namespace, options: dict[str, str], name: str) -> lis
         prefixes = tuple(map(tuple, machines))
         fleet = Fleet(fleet.links, fleet.slowdowns, prefixes, f"{several.NETWORK}.1")
     found = compare.compare(given, args.strategies, fleet)
+    keys = ("step_s", "interval_s", "predicted_s", "lower_bound_s")
     return [
-        Cell(name, strategy, entry["step_s"], tuple(entry["interval_s"]), entry["predicted_s"])
+        Cell(name, strategy, **{key: entry[key] for key in keys})
         for strategy, entry in found.strategies.items()
     ]
 
