@@ -179,7 +179,8 @@ def main() -> int:
     if "dynacomm" in strategies:
         plainer = ("sequential", "layerwise", "ibatch", "bucket")
         others = [name for name in plainer if name in strategies]
-        behind["dynacomm"] = count_behind(results, "dynacomm", others)
+        if others:
+            behind["dynacomm"] = count_behind(results, "dynacomm", others)
         if "joint" in strategies:
             behind["joint"] = count_behind(results, "joint", ["dynacomm"])
     if args.json:

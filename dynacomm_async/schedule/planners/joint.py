@@ -15,8 +15,9 @@ tried as well (:mod:`dynacomm_async.schedule.explicit`). They must be clearly be
 adapts to what really becomes ready when, a list does not.
 
 DynaComm's plan is a candidate too, at its barrier and with its pulls as early as they can be, so
-that the result is never worse than it in the model. The search ends early where the lower bound is
-all but reached. Everything is in integers: equal tables give equal plans everywhere.
+that the result is never worse than it in the model; the barrier goes only where that is clearly
+better, for more messages depend more on a well estimated overhead. The search ends early where the
+lower bound is all but reached. Everything is in integers: equal tables give equal plans everywhere.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ _MOST_STARTS = 6
 """The last search begins at the best of what is not worse than the best by more than this."""
 
 _CLEARLY_BETTER_PER_MILLE = 995
-"""What a list of messages must reach of a policy's step to be preferred."""
+"""What a list of messages must reach of a policy's step, and either of DynaComm's, to be chosen."""
 
 _MOST_NAMED = 16
 """Messages each way of the best policy with which a search for lists begins."""
@@ -80,7 +81,7 @@ def plan_joint(costs: Costs) -> AnyPlan:
     search = _Search(costs)
     search.run()
     search.name_messages(costs)
-    return search.plan
+    return search.choice
 
 
 def keep_joint(plan: AnyPlan, costs: Costs) -> AnyPlan:
@@ -125,8 +126,9 @@ class _Search:
         self._pushed: dict[Policy, list[Sent]] = {}
         self._steps_ns: dict[_Setting, int | None] = {}
         plain = replace(plan_dynacomm(costs), strategy="joint")
+        self._plain, self._plain_ns = plain, self._crossing.step_ns(plain)
         self.plan: AnyPlan = plain
-        self.step_ns = self._crossing.step_ns(plain)
+        self.step_ns = self._plain_ns
         early = _pull_early(plain)
         early_ns = self._crossing.step_ns(early)
         if early_ns < self.step_ns:
@@ -160,6 +162,12 @@ class _Search:
         plan, step_ns = search_segments(costs, starts)
         if 1000 * step_ns < _CLEARLY_BETTER_PER_MILLE * self.step_ns:
             self.plan, self.step_ns = plan, step_ns
+
+    @property
+    def choice(self) -> AnyPlan:
+        """The best plan, or DynaComm's if it is about as good."""
+        clearly_ns = self._plain_ns * _CLEARLY_BETTER_PER_MILLE
+        return self.plan if 1000 * self.step_ns < clearly_ns else self._plain
 
     def _is_within(self, per_mille: int) -> bool:
         return 1000 * self.step_ns <= per_mille * self._bound_ns

@@ -100,6 +100,20 @@ def test_where_nothing_is_to_gain_dynacomms_plan_and_its_barrier_are_kept() -> N
     assert plan == replace(make_plan("dynacomm", costs), strategy="joint")
 
 
+def test_the_barrier_goes_only_where_that_gains_half_a_percent() -> None:
+    kept = 0
+    for seed in range(150):
+        costs = make_small(seed)
+        plan = plan_joint(costs)
+        plain = replace(make_plan("dynacomm", costs), strategy="joint")
+        if plan == plain:
+            kept += 1
+            continue
+        assert isinstance(plan, PolicyPlan) or not plan.barrier
+        assert 1000 * evaluate(plan, costs).step_ns < 995 * evaluate(plain, costs).step_ns, seed
+    assert 0 < kept < 150
+
+
 @pytest.mark.parametrize("overhead_ns", [0, 1000])
 def test_a_link_that_takes_no_time_is_no_obstacle(overhead_ns: int) -> None:
     layers = tuple(LayerCosts(f"{i}", 50_000, 0, 70, 90, 0) for i in range(5))
