@@ -13,9 +13,9 @@ the emulator was set to, both directions. *Within* says whether a rate is within
 overhead within 0.2 ms or 20 %.
 
 Look at ``sequential``: its one message a step tells a rate but no overhead, so all that it knows
-of the overhead comes from the warm-up, whose steps are cut differently. The last line of a row
-says how much time the rest of the transport adds to a message; it is inside the estimates, for a
-plan has to reckon with it, but not in what the emulator was set to.
+of the overhead comes from the warm-up, whose steps are cut differently. What the rest of the
+transport adds to a message is inside the estimates, for a plan has to reckon with it, but not in
+what the emulator was set to.
 
 What it leaves out: links whose rate changes (see ``demos/adapt.py``). A busy machine makes the
 emulator late, which is seen here as a slower link.

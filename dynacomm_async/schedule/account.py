@@ -137,18 +137,22 @@ def account_for(
     """Return a step's account.
 
     The server's two times are what it saw. Of them only what the worker had to wait for counts:
-    they may have passed while it made its next batch, or computed.
+    they may have passed while it made its next batch, or computed. Likewise of computing and
+    waiting what fits into the step counts: clocks are read one after the other, and a caller may
+    begin the next step late.
 
     Raises:
-        PlanError: a negative time, or parts that are longer than the step.
+        PlanError: a negative time.
     """
-    parts = (compute_ns, stalled_ns, waited_ns, server_ns)
-    if min(parts) < 0 or compute_ns + stalled_ns > step_ns:
+    parts = (step_ns, compute_ns, stalled_ns, waited_ns, server_ns)
+    if min(parts) < 0:
         raise PlanError(
             f"step {index}: {compute_ns} ns of computing and {stalled_ns} ns of waiting in "
             f"{step_ns} ns, with {waited_ns} ns for others and {server_ns} ns at the server; "
-            "expected no negative time and parts that fit into the step"
+            "expected no negative time"
         )
+    compute_ns = min(compute_ns, step_ns)
+    stalled_ns = min(stalled_ns, step_ns - compute_ns)
     waited_ns = min(waited_ns, stalled_ns)
     return StepAccount(
         index=index,

@@ -99,12 +99,19 @@ def test_what_is_not_known_is_none_and_nothing_to_send_hides_nothing():
 
 @pytest.mark.parametrize(
     "change",
-    [{"compute_ns": -1}, {"stalled_ns": 6}, {"waited_ns": -1}, {"server_ns": -1}, {"step_ns": 9}],
+    [{"compute_ns": -1}, {"stalled_ns": -1}, {"waited_ns": -1}, {"server_ns": -1}, {"step_ns": -9}],
 )
 def test_times_that_cannot_be_are_refused_by_step(change):
     times = {"step_ns": 10, "compute_ns": 5, "stalled_ns": 5} | change
     with pytest.raises(PlanError, match="step 7: "):
         account_for(7, **times)
+
+
+def test_parts_that_overran_a_step_by_a_little_are_cut_to_it():
+    account = account_for(7, step_ns=100, compute_ns=60, stalled_ns=47, waited_ns=45, server_ns=5)
+    parts = (account.compute_ns, account.stalled_ns, account.waited_ns, account.server_ns)
+    assert parts == (60, 40, 40, 0)
+    assert account_for(7, step_ns=100, compute_ns=101, stalled_ns=3).compute_ns == 100
 
 
 # -- the typical step ----------------------------------------------------------------------------
