@@ -1,5 +1,6 @@
 """Helpers for tests and benchmarks, of this package and of code that builds on it: planners that
-are slow but plainly right, to judge the fast ones by, and the step logic on a fake clock."""
+are slow but plainly right, to judge the fast ones by, the step logic on a fake clock, and a server
+in a thread of its own (:mod:`dynacomm_async.testing.fixtures` makes a pytest fixture of it)."""
 
 from __future__ import annotations
 
@@ -16,10 +17,12 @@ from dynacomm_async.testing.oracles import (
     solve_push_cubic,
     solve_push_quadratic,
 )
+from dynacomm_async.testing.serving import RunningServer
 from dynacomm_async.testing.simulator import simulate
 
 __all__ = [
     "PhaseOptimum",
+    "RunningServer",
     "forward_end_ns",
     "list_all_cuts",
     "list_all_orders",
