@@ -75,10 +75,16 @@ class Layer:
     """How many of the leading parameters get weight decay."""
     normalises = False
     """True for a batch norm: joins the scheduled layer of a convolution in front of it."""
-    fuses_relu = False
-    """The operator can apply a ReLU to its output itself."""
-    fuses_pool = False
-    """The operator can pool its output itself, before bias and ReLU."""
+
+    @property
+    def fuses_relu(self) -> bool:
+        """The operator can apply a ReLU to its output itself."""
+        return False
+
+    @property
+    def fuses_pool(self) -> bool:
+        """The operator can pool its output itself, before bias and ReLU."""
+        return False
 
     def connect(self, graph: Graph, source: Value) -> Value:
         """Add one node behind ``source``."""

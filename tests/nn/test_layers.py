@@ -45,6 +45,33 @@ CASES = {
         [Conv2d(3, 3, padding=1), Tanh(), Conv2d(6, 3, stride=2), ReLU()],
         (7, 8, 2),
     ),
+    "depthwise convolution": ([FRONT, Conv2d(5, 3, padding=1, groups=5), Tanh()], (6, 7, 2)),
+    "depthwise convolution of stride 2": (
+        [FRONT, Conv2d(5, 3, 2, 1, groups=5), ReLU(), MaxPool(2)],
+        (9, 8, 2),
+    ),
+    "depthwise convolution that skips pixels": (
+        [FRONT, Conv2d(5, (1, 2), 3, groups=5, bias=False)],
+        (7, 8, 2),
+    ),
+    "depthwise convolution with batch norm into a border": (
+        [FRONT, Conv2d(5, 3, 1, 1, bias=False, groups=5), BatchNorm(), ReLU(), Conv2d(3, 3, 1, 1)],
+        (5, 6, 2),
+    ),
+    "depthwise convolution beside another reader": (
+        [FRONT, Tanh(), Residual([Conv2d(5, 3, padding=1, groups=5)]), Residual([])],
+        (5, 4, 2),
+    ),
+    "depthwise convolution of the input": ([Conv2d(2, 3, groups=2), Tanh()], (5, 6, 2)),
+    "convolution in two groups": (
+        [Conv2d(6, 1, name="front"), Conv2d(4, 3, 2, 1, groups=2), ReLU()],
+        (8, 7, 2),
+    ),
+    "two outputs for each channel": ([FRONT, Conv2d(10, 3, groups=5), Tanh()], (6, 5, 2)),
+    "groups beside another reader": (
+        [Conv2d(6, 1, name="front"), Residual([Conv2d(6, 3, padding=1, groups=3)]), Tanh()],
+        (5, 4, 2),
+    ),
     "convolution, relu, pooling": (
         [FRONT, Conv2d(3, 3, padding=1), ReLU(), MaxPool(2), Conv2d(3, 3, padding=1)],
         (8, 6, 2),
@@ -170,7 +197,7 @@ sizes = st.integers(1, 4)
 
 
 @settings(
-    max_examples=60,
+    max_examples=100,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -178,20 +205,34 @@ sizes = st.integers(1, 4)
 @given(
     extent=st.tuples(st.integers(4, 9), st.integers(4, 9)),
     channels=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    groups=st.integers(1, 3),
+    depthwise=st.booleans(),
     kernel=st.tuples(sizes, sizes),
     stride=st.tuples(sizes, sizes),
     padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
     behind=st.sampled_from([[], [ReLU()], [BatchNorm(), ReLU()], [MaxPool(2), ReLU()]]),
 )
 def test_convolutions_of_any_shape_have_the_right_gradients(
-    extent, channels, kernel, stride, padding, behind, wrap, worst_gradient_error
+    extent,
+    channels,
+    groups,
+    depthwise,
+    kernel,
+    stride,
+    padding,
+    behind,
+    wrap,
+    worst_gradient_error,
 ):
     padding = tuple(min(p, k - 1) for p, k in zip(padding, kernel, strict=True))
-    convolution = Conv2d(channels[1], kernel, stride, padding)
-    shape = convolution.output_shape(((*extent, channels[0]),))
+    before, after = (groups * count for count in channels)
+    if depthwise:
+        groups = after = before
+    convolution = Conv2d(after, kernel, stride, padding, groups=groups)
+    shape = convolution.output_shape(((*extent, before),))
     if min(shape[:2]) < 2 and any(isinstance(part, MaxPool) for part in behind):
         behind = []
-    parts = [Conv2d(channels[0], 1, name="front"), convolution, *behind]
+    parts = [Conv2d(before, 1, name="front"), convolution, *behind]
     assert worst_gradient_error(wrap(parts, (*extent, 2)), 3, seed=0, probes=10) < TOLERANCE
 
 
@@ -274,6 +315,7 @@ def test_a_network_may_begin_with_layers_without_parameters(wrap, make_batch, ma
         ([Flatten(), Conv2d(4, 3)], r"layer conv1: the input has shape \(72,\)"),
         ([Residual([Conv2d(4, 3, padding=1)], name="b")], r"layer b\.add1: .*\(6, 6, 4\).*2\)"),
         ([PadShortcut(1)], r"layer shortcut1: the input has 2 channels, expected at most 1"),
+        ([Conv2d(9, 3, groups=3)], r"layer conv1: the input has 2 channels, .* the 3 groups"),
         ([MaxPool(7)], r"layer pool1: the input is 6x6"),
         (
             [Branches([[Conv2d(4, 3)], [Conv2d(4, 1)]], name="b")],
@@ -295,6 +337,8 @@ def test_a_layer_that_does_not_fit_is_named(parts, message, wrap):
         (lambda: Conv2d(4, 3, padding=3), "less than the kernel"),
         (lambda: Conv2d(4, (3, 3, 3)), "kernel is"),
         (lambda: Conv2d(4, 3, initialiser="best"), "unknown initialiser 'best'"),
+        (lambda: Conv2d(4, 3, groups=3), "groups is 3, expected a divisor of the 4 channels"),
+        (lambda: Conv2d(4, 3, groups=0), "groups is 0"),
         (lambda: Dense(0), "0 features"),
         (lambda: MaxPool(0), "pool size is 0"),
         (lambda: AvgPool(2, 0), "pool stride is 0"),

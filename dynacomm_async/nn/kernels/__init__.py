@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from dynacomm_async.nn.kernels.blocks import Block, columns_needed, plan_blocks
+from dynacomm_async.nn.kernels.blocks import (
+    Block,
+    GroupBlock,
+    columns_needed,
+    plan_blocks,
+    plan_group_blocks,
+)
 from dynacomm_async.nn.kernels.convolution import (
     Phase,
     input_phases,
     phase_border,
     rotate_weights,
 )
+from dynacomm_async.nn.kernels.depthwise import DepthwiseWindows
 from dynacomm_async.nn.kernels.elementwise import column_sums, image_groups, mask_positive
 from dynacomm_async.nn.kernels.loss import softmax_cross_entropy
 from dynacomm_async.nn.kernels.pooling import (
@@ -21,6 +28,8 @@ from dynacomm_async.nn.kernels.pooling import (
 
 __all__ = [
     "Block",
+    "DepthwiseWindows",
+    "GroupBlock",
     "Phase",
     "Tap",
     "clipped_taps",
@@ -31,6 +40,7 @@ __all__ = [
     "mask_positive",
     "phase_border",
     "plan_blocks",
+    "plan_group_blocks",
     "pool_maximum",
     "rotate_weights",
     "softmax_cross_entropy",

@@ -15,7 +15,15 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-__all__ = ["COLUMN_FLOATS", "LEAST_ROWS", "Block", "columns_needed", "plan_blocks"]
+__all__ = [
+    "COLUMN_FLOATS",
+    "LEAST_ROWS",
+    "Block",
+    "GroupBlock",
+    "columns_needed",
+    "plan_blocks",
+    "plan_group_blocks",
+]
 
 Array = NDArray[Any]
 
@@ -140,4 +148,71 @@ def plan_blocks(
             columns = workspace[: part.size].reshape(part.shape)
             matrix = columns.reshape(inner, -1).T if few else columns.reshape(-1, inner)
             blocks.append(Block(part, columns, matrix, where_n, where_h))
+    return blocks
+
+
+@dataclass(frozen=True, slots=True)
+class GroupBlock:
+    """Some output pixels of a convolution in groups; as :class:`Block` but for its axes.
+
+    Attributes:
+        windows: view (groups, n, h, w, kh, kw, channels of a group) of the bordered input.
+        columns: view of the workspace, of the same shape.
+        matrix: the same memory as (groups, pixels, kh * kw * channels of a group).
+        images: which images of the batch.
+        lines: which lines of the output.
+    """
+
+    windows: Array
+    columns: Array
+    matrix: Array
+    images: slice
+    lines: slice
+
+    @property
+    def rows(self) -> int:
+        """Output pixels in this block."""
+        return int(self.matrix.shape[1])
+
+    def fill(self) -> None:
+        """Copy what the pixels see into the columns."""
+        np.copyto(self.columns, self.windows)
+
+    def cut(self, array: Array) -> Array:
+        """This block's part of an (N, OH, ...) array, as a view."""
+        return array[self.images, self.lines]
+
+
+def plan_group_blocks(
+    bordered: Array,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    groups: int,
+    workspace: Array,
+) -> list[GroupBlock]:
+    """Cut a convolution whose channels fall into ``groups`` into blocks.
+
+    The arguments are as in :func:`plan_blocks`, with C a multiple of ``groups``.
+    """
+    batch, height_b, width_b, channels = bordered.shape
+    (kh, kw), (sh, sw) = kernel, stride
+    height, width = (height_b - kh) // sh + 1, (width_b - kw) // sw + 1
+    inner, own = kh * kw * channels, channels // groups
+    step_n, step_h, step_w, step_c = bordered.strides
+    windows = as_strided(
+        bordered,
+        (groups, batch, height, width, kh, kw, own),
+        (own * step_c, step_n, step_h * sh, step_w * sw, step_h, step_w, step_c),
+        writeable=False,
+    )
+    images, lines = _extent(batch, height, width * inner, _limit(inner), 1)
+    blocks = []
+    for n in range(0, batch, images):
+        for h in range(0, height, lines):
+            where_n = slice(n, min(n + images, batch))
+            where_h = slice(h, min(h + lines, height))
+            part = windows[:, where_n, where_h]
+            columns = workspace[: part.size].reshape(part.shape)
+            matrix = columns.reshape(groups, -1, kh * kw * own)
+            blocks.append(GroupBlock(part, columns, matrix, where_n, where_h))
     return blocks

@@ -1,4 +1,4 @@
-"""Convolutions, by blocked columns and matrix products."""
+"""Convolutions: by blocked columns and matrix products, or channel by channel."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dynacomm_async.errors import ConfigError
+from dynacomm_async.errors import ConfigError, ShapeError
 from dynacomm_async.nn.graph import Frame, Layer, Node, Operator, Shape
 from dynacomm_async.nn.kernels import Phase, input_phases, phase_border
-from dynacomm_async.nn.layers.checks import Pair, pair, window_output
+from dynacomm_async.nn.layers.checks import Pair, pair, require_image, window_output
 from dynacomm_async.nn.layers.convolution_passes import (
     ForwardPass,
     InputPass,
     MaskPass,
     WeightsPass,
 )
+from dynacomm_async.nn.layers.grouped import DepthwiseOperator, GroupedOperator
 from dynacomm_async.nn.layers.initialisers import draw_weights, require_initialiser
 from dynacomm_async.nn.memory import Array, Memory
 
@@ -25,15 +26,17 @@ __all__ = ["Conv2d"]
 
 @dataclass(frozen=True)
 class Conv2d(Layer):
-    """Cross-correlation with weights (kh, kw, C, channels), plus a bias.
+    """Cross-correlation with weights (kh, kw, C / groups, channels), plus a bias.
 
     Attributes:
-        channels: of the output.
+        channels: of the output; a multiple of the groups.
         kernel: height and width of the window.
         stride: distance of neighbouring windows.
         padding: zeros around the input; less than the kernel.
         bias: whether there is one; leave it out in front of a batch norm.
         initialiser: "he" or "xavier".
+        groups: into which the channels fall, in order, of the input as of the output; an output
+            sees the input of its group only. As many as channels: a depthwise convolution.
     """
 
     channels: int
@@ -42,20 +45,31 @@ class Conv2d(Layer):
     padding: Pair = 0
     bias: bool = True
     initialiser: str = "he"
+    groups: int = 1
 
     kind = "conv"
     decayed = 1
-    fuses_relu = True
-    fuses_pool = True
 
     def __post_init__(self) -> None:
         if self.channels < 1:
             raise ConfigError(f"a convolution has {self.channels} channels, expected at least 1")
+        if self.groups < 1 or self.channels % self.groups:
+            raise ConfigError(
+                f"groups is {self.groups}, expected a divisor of the {self.channels} channels"
+            )
         kernel, padding = pair(self.kernel, "kernel", 1), pair(self.padding, "padding", 0)
         pair(self.stride, "stride", 1)
         if padding[0] >= kernel[0] or padding[1] >= kernel[1]:
             raise ConfigError(f"padding is {padding}, expected less than the kernel, {kernel}")
         require_initialiser(self.initialiser)
+
+    @property
+    def fuses_relu(self) -> bool:
+        return self.groups == 1
+
+    @property
+    def fuses_pool(self) -> bool:
+        return self.groups == 1
 
     @property
     def window(self) -> tuple[int, int]:
@@ -71,21 +85,28 @@ class Conv2d(Layer):
         return pair(self.padding, "padding", 0)
 
     def output_shape(self, inputs: tuple[Shape, ...]) -> Shape:
+        channels = require_image(inputs[0])[2]
+        if channels % self.groups:
+            raise ShapeError(
+                f"the input has {channels} channels, expected a multiple of the "
+                f"{self.groups} groups"
+            )
         return *window_output(inputs[0], self.window, self.steps, self.border()), self.channels
 
     def parameter_shapes(self, inputs: tuple[Shape, ...]) -> tuple[Shape, ...]:
-        weights = (*self.window, inputs[0][2], self.channels)
+        weights = (*self.window, inputs[0][2] // self.groups, self.channels)
         return (weights, (self.channels,)) if self.bias else (weights,)
 
     def flops(self, inputs: tuple[Shape, ...], output: Shape) -> int:
         height, width, channels = output
         kh, kw = self.window
-        return 2 * height * width * channels * kh * kw * inputs[0][2]
+        return 2 * height * width * channels * kh * kw * (inputs[0][2] // self.groups)
 
     def initialise(self, parameters: Sequence[Array], generator: np.random.Generator) -> None:
         weights = parameters[0]
-        kh, kw, fan_in, fan_out = weights.shape
-        draw_weights(weights, (kh * kw * fan_in, kh * kw * fan_out), self.initialiser, generator)
+        kh, kw, fan_in, outputs = weights.shape
+        fan = kh * kw * fan_in, kh * kw * (outputs // self.groups)
+        draw_weights(weights, fan, self.initialiser, generator)
         for bias in parameters[1:]:
             bias[...] = 0
 
@@ -104,7 +125,11 @@ class Conv2d(Layer):
         return Frame(*phase_border(vertical, height), *phase_border(horizontal, width))
 
     def plan(self, node: Node, memory: Memory) -> Operator:
-        return _ConvolutionOperator(node, self, memory)
+        if self.groups == 1:
+            return _ConvolutionOperator(node, self, memory)
+        if self.groups == self.channels == node.inputs[0].shape[2]:
+            return DepthwiseOperator(node, self, memory)
+        return GroupedOperator(node, self, memory)
 
 
 class _ConvolutionOperator:
