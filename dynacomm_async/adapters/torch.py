@@ -254,10 +254,7 @@ class TorchSession:
 
     def _before(self, module: nn.Module, args: object) -> None:
         if self._step is not None:
-            if self._is_learnt:
-                self._step.need(self._needs.get(module, ()))
-            else:
-                self._step.need_all()
+            self._step.need(self._needs.get(module, ()), or_more=not self._is_learnt)
 
     def _after_all(self, module: nn.Module, args: object, output: object) -> None:
         learning = self._stop_learning()
@@ -382,15 +379,13 @@ class TorchStep:
         """The whole module is called."""
         self._forward_over = False
 
-    def need_all(self) -> None:
-        """Block until all layers are here: nobody knows which are needed when."""
-        self._check_use(range(len(self._missing)))
-        self._await_rest()
-
-    def need(self, layers: tuple[int, ...]) -> None:
-        """Block until the layers are here."""
-        training = torch.is_grad_enabled() and not self._forward_over
+    def need(self, layers: tuple[int, ...], *, or_more: bool) -> None:
+        """Block until the layers are here; all, if nobody knows yet what else is read."""
         self._check_use(layers)
+        if or_more:
+            self._await_rest()
+            return
+        training = torch.is_grad_enabled() and not self._forward_over
         for layer in layers:
             if training and not self._timed[layer]:
                 self._timed[layer] = True
@@ -563,7 +558,7 @@ class _NormStatistics:
         self.norm = norm
         self._own: Any = (norm.module.running_mean, norm.module.running_var)
         self._own_momentum = norm.module.momentum
-        self._measured: Any = tuple(torch.zeros_like(buffer) for buffer in self._own)
+        self._measured: Any = ()
         self._final = statistics[norm.place].view(2, -1)
         self._of_batch = batch_statistics[norm.place].view(2, -1)
         self.is_lent = False
@@ -572,8 +567,8 @@ class _NormStatistics:
         """Let the module measure."""
         self._own = (self.norm.module.running_mean, self.norm.module.running_var)
         self._own_momentum = self.norm.module.momentum
-        for buffer in self._measured:
-            buffer.zero_()
+        # New ones each time: autograd keeps those of a use until its backward pass.
+        self._measured = tuple(torch.zeros_like(buffer) for buffer in self._own)
         self._set(self._measured, 1.0)
         self.is_lent = True
 
@@ -598,7 +593,7 @@ class _NormStatistics:
                     row.copy_(measured)
                 else:
                     row.mul_((uses - 1) / uses).add_(measured.to(row), alpha=1 / uses)
-                own.lerp_(measured, momentum)
+                own.data.lerp_(measured, momentum)
 
     def stay(self) -> None:
         """It has measured nothing in this step: what is sent moves nothing."""

@@ -177,7 +177,7 @@ def try_out(model: nn.Module, sample: Sample) -> ForwardPass:
         if buffer is not None and not is_lazy(buffer)
     ]
     try:
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng(), torch.enable_grad():
             if any(is_lazy(parameter) for parameter in model.parameters()):
                 _run(model, sample)
             with follow(model) as seen:
