@@ -8,6 +8,7 @@ measured over it is measured unmodified. :class:`Link` runs inside an event loop
 from __future__ import annotations
 
 from dynacomm_async.link.counters import Counters, KindTally, Tally
+from dynacomm_async.link.fault import Fault, parse_fault
 from dynacomm_async.link.link import Link
 from dynacomm_async.link.medium import Medium, Rates
 from dynacomm_async.link.options import (
@@ -30,6 +31,7 @@ from dynacomm_async.link.walk import MessageWalk, Part
 
 __all__ = [
     "Counters",
+    "Fault",
     "KindTally",
     "Link",
     "LinkProcess",
@@ -46,6 +48,7 @@ __all__ = [
     "format_duration",
     "format_rate",
     "parse_duration",
+    "parse_fault",
     "parse_rate",
     "parse_schedule",
     "precise_loop",

@@ -18,7 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m dynacomm_async.link",
         description="Imitate a slow link between TCP clients and one server.",
         epilog="example: python -m dynacomm_async.link --listen 127.0.0.1:7071 "
-        "--to 127.0.0.1:7070 --bandwidth 100mbit --bandwidth-up 20mbit --delay 5ms",
+        "--to 127.0.0.1:7070 --bandwidth 100mbit --bandwidth-up 20mbit --delay 5ms "
+        "--fault reset:up@bytes=100000",
     )
     add_arguments(parser)
     args = parser.parse_args(argv)

@@ -22,6 +22,7 @@ from collections import deque
 from typing import Final, NamedTuple
 
 from dynacomm_async.link.counters import Tally
+from dynacomm_async.link.gate import Gate
 from dynacomm_async.link.medium import Medium, Rates
 from dynacomm_async.link.walk import MessageWalk
 from dynacomm_async.recording import Carried, ConnectionLog, Recorder
@@ -164,6 +165,7 @@ class Flow:
         rates: Rates,
         delay_ns: int,
         walk: MessageWalk,
+        gate: Gate,
         tallies: tuple[Tally, ...],
         log: FlowLog | None = None,
     ) -> None:
@@ -174,6 +176,7 @@ class Flow:
         self._rates = rates
         self._delay_ns = delay_ns
         self._walk = walk
+        self._gate = gate
         self._tallies = tallies
         self._log = log
         self._loop = asyncio.get_running_loop()
@@ -203,6 +206,7 @@ class Flow:
                 nbytes = await self._read(memoryview(buffer)[:limit])
             except OSError:
                 await self._clock.wait_until(self._flight_end_ns())
+                await self._gate.opened()
                 raise
             if nbytes == 0:
                 break
@@ -210,6 +214,7 @@ class Flow:
             await self._send(buffer, nbytes, self._arrival_ns(looked_ns, late_ns))
         if self._source.broken:
             await self._clock.wait_until(self._flight_end_ns())
+            await self._gate.opened()
             raise ConnectionResetError("the source was reset")
         self._ended_ns = self._flight_end_ns()
         self._arrived.set()
@@ -231,6 +236,7 @@ class Flow:
                 self._arrived.clear()
                 await self._arrived.wait()
             await self._clock.wait_until(self._ended_ns)
+            await self._gate.before_end()
             self._sink.sock.shutdown(socket.SHUT_WR)
         except OSError:
             # The kernel tells a failure once: the other direction would read an orderly end.
@@ -299,14 +305,20 @@ class Flow:
         self._arrived.set()
 
     async def _deliver(self, parcel: _Parcel) -> None:
-        try:
-            sent = self._sink.sock.send(parcel.data)
-        except (BlockingIOError, InterruptedError):
-            sent = 0
-        if sent < len(parcel.data):
-            await self._loop.sock_sendall(self._sink.sock, parcel.data[sent:])
+        if self._gate.active:
+            await self._gate.send(self._sink.sock, parcel.data)
+        else:
+            await self._hand_over(parcel.data)
         if self._log is not None and parcel.carried is not None:
             self._log.deliver(parcel.carried, self._clock.origin_ns, self._clock.now_ns())
+
+    async def _hand_over(self, data: memoryview) -> None:
+        try:
+            sent = self._sink.sock.send(data)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        if sent < len(data):
+            await self._loop.sock_sendall(self._sink.sock, data[sent:])
 
     def _recycle(self, parcel: _Parcel) -> None:
         if parcel.returns is not None and len(self._spare) < _OVERDUE_PIECES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import socket
@@ -14,7 +15,9 @@ from typing import Final, Self
 from dynacomm_async.addresses import Address, check_listen
 from dynacomm_async.errors import ConfigError, RemoteProtocolError
 from dynacomm_async.link.counters import Counters
+from dynacomm_async.link.fault import Fault
 from dynacomm_async.link.flow import PIECE_NS, Clock, Endpoint, Flow, FlowLog
+from dynacomm_async.link.gate import Faulted
 from dynacomm_async.link.medium import Medium, Rates
 from dynacomm_async.link.settings import LinkSettings
 from dynacomm_async.link.walk import MessageWalk
@@ -32,6 +35,9 @@ KEPT_CLOSED: Final = 100
 
 _CONNECT_TIMEOUT_S: Final = 10.0
 _ACCEPT_RETRY_S: Final = 0.1
+_CLOSE_TIMEOUT_S: Final = 1.0
+"""How long both sides have to notice a cut before what they still send meets a reset."""
+
 _MIN_RECEIVE_NBYTES: Final = 8 * 1024
 _MAX_RECEIVE_NBYTES: Final = 256 * 1024
 
@@ -79,6 +85,9 @@ class Link:
         self._connections: dict[int, Counters] = {}
         self._closed: deque[int] = deque()
         self._n_connections = 0
+        self._faulted: dict[int, Faulted] = {}
+        self._fired = {str(fault): 0 for fault in settings.faults}
+        self._refuse_until_ns = 0
         self._clock = Clock()
         self._down = _rates(settings, 1)
         self._up = _rates(settings, 2)
@@ -104,11 +113,37 @@ class Link:
         """
         return tuple(self._connections.values())
 
+    @property
+    def faults(self) -> dict[str, int]:
+        """How often each fault has happened, by its text; 0 for those that have not yet.
+
+        A fault of several connections counts on each, slow-close once per end of a stream.
+        """
+        return dict(self._fired)
+
+    def fire(self, fault: Fault) -> int:
+        """Let a fault happen now, on the connections that are open; return their number.
+
+        ``slice`` and ``slow-close`` hold for the rest of those connections. Call it on the
+        link's own loop.
+        """
+        concerned = [one for one in self._faulted.values() if one.concerns(fault) and not one.ended]
+        if fault.kind == "down":
+            assert fault.for_s is not None
+            self._refuse_until_ns = self._clock.now_ns() + round(fault.for_s * 1e9)
+            self._count_fault(fault)
+        for connection in concerned:
+            connection.apply(fault)
+        return len(concerned)
+
     async def __aenter__(self) -> Self:
         check_listen(self._listen, insecure=self._insecure)
         self._listener = await self._open_listener()
         self._clock = Clock()
         self._spawn(self._accept(self._listener))
+        for fault in self._settings.faults:
+            if fault.at_s is not None:
+                self._spawn(self._fire_at(fault, fault.at_s))
         return self
 
     async def __aexit__(
@@ -168,7 +203,9 @@ class Link:
                 await asyncio.sleep(_ACCEPT_RETRY_S)
                 continue
             client = Endpoint(sock)
-            if len(self._tasks) > MAX_CONNECTIONS:
+            if self._clock.now_ns() < self._refuse_until_ns:
+                client.abort()
+            elif len(self._tasks) > MAX_CONNECTIONS:
                 _log.warning("link: refused a connection: %d are open", MAX_CONNECTIONS)
                 client.abort()
             else:
@@ -186,7 +223,8 @@ class Link:
             client.abort()
             raise
         try:
-            await self._join(client, server)
+            if await self._join(client, server):
+                await _close_in_order(client, server)
             client.sock.close()
             server.sock.close()
         except* OSError:
@@ -237,14 +275,67 @@ class Link:
         if len(self._closed) > KEPT_CLOSED:
             del self._connections[self._closed.popleft()]
 
-    async def _join(self, client: Endpoint, server: Endpoint) -> None:
-        number, counters = self._count_connection()
-        try:
-            await self._relay(client, server, counters)
-        finally:
-            self._count_closed(number)
+    async def _join(self, client: Endpoint, server: Endpoint) -> bool:
+        """Relay until the end; return whether a fault has cut the connection.
 
-    async def _relay(self, client: Endpoint, server: Endpoint, counters: Counters) -> None:
+        Raises:
+            ConnectionResetError: a fault has reset it.
+        """
+        number, counters = self._count_connection()
+        task = asyncio.current_task()
+        assert task is not None
+        orderly: list[bool] = []
+
+        def end(in_order: bool) -> None:
+            if not orderly:
+                orderly.append(in_order)
+                task.cancel()
+
+        faulted = Faulted(
+            number,
+            self._settings.faults,
+            now_ns=self._clock.now_ns,
+            count=self._count_fault,
+            end=end,
+            fire=self._fire_one,
+        )
+        self._faulted[number] = faulted
+        try:
+            await self._relay(client, server, counters, faulted)
+        except asyncio.CancelledError:
+            if not orderly or task.uncancel() > 0:
+                raise
+            if not orderly[0]:
+                raise ConnectionResetError("reset by a fault") from None
+            return True
+        finally:
+            del self._faulted[number]
+            self._count_closed(number)
+        return False
+
+    def _count_fault(self, fault: Fault) -> None:
+        self._fired[str(fault)] = self._fired.get(str(fault), 0) + 1
+
+    def _fire_one(self, fault: Fault, connection: Faulted) -> None:
+        """A byte count of one connection was reached."""
+        if fault.kind == "down":
+            self.fire(fault)
+        else:
+            connection.apply(fault)
+
+    async def _fire_at(self, fault: Fault, at_s: float) -> None:
+        at_ns = round(at_s * 1e9)
+        await self._clock.wait_until(at_ns)
+        self.fire(fault)
+        while fault.every is not None:
+            at_ns += max(1, round(fault.every * 1e9))
+            await self._clock.wait_until(at_ns)
+            self.fire(fault)
+            await asyncio.sleep(0)
+
+    async def _relay(
+        self, client: Endpoint, server: Endpoint, counters: Counters, faulted: Faulted
+    ) -> None:
         up, down = self._media if self._settings.shared else self._make_media()
         delay_ns = round(self._settings.delay_s * 1e9)
         strict = self._settings.overhead_s > 0
@@ -258,6 +349,7 @@ class Link:
                 rates=self._up,
                 delay_ns=delay_ns,
                 walk=MessageWalk(strict=strict),
+                gate=faulted.gates["up"],
                 tallies=(counters.up, self._counters.up),
                 log=up_log,
             ),
@@ -269,6 +361,7 @@ class Link:
                 rates=self._down,
                 delay_ns=delay_ns,
                 walk=MessageWalk(strict=strict),
+                gate=faulted.gates["down"],
                 tallies=(counters.down, self._counters.down),
                 log=down_log,
             ),
@@ -290,6 +383,21 @@ class Link:
         )
         up = FlowLog(self._recorder, connection, up=True)
         return up, FlowLog(self._recorder, connection, up=False)
+
+
+async def _close_in_order(*endpoints: Endpoint) -> None:
+    """End both streams; read on, as closing over unread bytes would send a reset."""
+    loop = asyncio.get_running_loop()
+
+    async def drain(sock: socket.socket) -> None:
+        sock.shutdown(socket.SHUT_WR)
+        while await loop.sock_recv(sock, 65536):
+            pass
+
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+            socks = [endpoint.sock for endpoint in endpoints]
+            await asyncio.gather(*map(drain, socks), return_exceptions=True)
 
 
 def _rates(settings: LinkSettings, column: int) -> Rates:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dynacomm_async.addresses import Address, parse_address
 from dynacomm_async.errors import ConfigError
+from dynacomm_async.link.fault import parse_fault
 from dynacomm_async.link.settings import LinkSettings
 from dynacomm_async.link.units import (
     UNLIMITED,
@@ -55,6 +56,17 @@ def add_setting_arguments(parser: argparse.ArgumentParser, description: str | No
         metavar="TIME:RATE,...",
         help="rates that change with time since the link's start, such as 0s:100mbit,20s:20mbit; "
         "DOWN/UP in place of RATE sets the two directions apart",
+    )
+    group.add_argument(
+        "--fault",
+        action="append",
+        default=[],
+        metavar="KIND:WAY@WHEN,...",
+        help="something that goes wrong, repeatable: reset, cut, stall, slice, slow-close or down; "
+        "up, down or both; at bytes=N of a connection or time=T of the link; every=, for=, size=, "
+        "seed=, connection=. Such as reset:up@bytes=100000, stall:both@time=2s,for=3s, "
+        "cut:down@bytes=5000,connection=0, slice:down,size=7, slow-close:up,for=1s, "
+        "down@time=5s,for=2s,every=30s",
     )
 
 
@@ -109,6 +121,8 @@ def settings_from(args: argparse.Namespace) -> LinkSettings:
         overhead_s = parse_duration(args.overhead)
         option = "--schedule"
         schedule = () if args.schedule is None else parse_schedule(args.schedule)
+        option = "--fault"
+        faults = tuple(map(parse_fault, args.fault))
     except ConfigError as error:
         raise ConfigError(f"{option}: {error}") from error
     return LinkSettings(
@@ -119,6 +133,7 @@ def settings_from(args: argparse.Namespace) -> LinkSettings:
         half_duplex=args.half_duplex,
         shared=args.shared,
         schedule=schedule,
+        faults=faults,
     )
 
 
@@ -151,6 +166,7 @@ def arguments_of(settings: LinkSettings) -> list[str]:
         arguments.append("--half-duplex")
     if settings.shared:
         arguments.append("--shared")
+    arguments += [f"--fault={fault}" for fault in settings.faults]
     return arguments
 
 

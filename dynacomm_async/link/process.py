@@ -18,13 +18,14 @@ import signal
 import sys
 import threading
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TextIO
 
 from dynacomm_async.addresses import Address, parse_address
 from dynacomm_async.errors import ConfigError
+from dynacomm_async.link.fault import parse_fault
 from dynacomm_async.link.link import Link
 from dynacomm_async.link.options import addresses_from, arguments_of, settings_from
 from dynacomm_async.link.settings import LinkSettings
@@ -61,19 +62,26 @@ async def serve_link(
         listen: host and port for clients; port 0 picks a free one.
         to: host and port of the server.
         report: gets one line of JSON, ``{"listening": "host:port"}``, when clients can connect,
-            and another with the counters at the end: ``{"up":, "down":, "connections": [...]}``;
-            see :attr:`~dynacomm_async.link.link.Link.connections`.
+            and another with the counters at the end: ``{"up":, "down":, "connections": [...]}``,
+            with faults also ``"faults": {TEXT: times}``; see
+            :attr:`~dynacomm_async.link.link.Link.connections`.
             Without it the same is said in words on the log.
         insecure: as :class:`~dynacomm_async.link.link.Link` takes it.
-        until_stdin_closes: end too when standard input closes.
+        until_stdin_closes: end too when standard input closes. Until then each line of it is a
+            fault to happen now, such as ``reset`` or ``stall:up,for=2s``, answered on ``report``
+            by ``{"fired":, "connections":}`` or ``{"error":}``.
         recorder: as :class:`~dynacomm_async.link.link.Link` takes it.
 
     Raises:
         ConfigError: it cannot listen there, or may not.
     """
     stop = asyncio.Event()
-    with _stopping(stop, until_stdin_closes):
-        async with Link(settings, to, *listen, insecure=insecure, recorder=recorder) as link:
+    async with Link(settings, to, *listen, insecure=insecure, recorder=recorder) as link:
+
+        def obey(line: str) -> None:
+            _fire(link, line, report)
+
+        with _stopping(stop, obey if until_stdin_closes else None):
             _say_listening(link, to, report)
             await stop.wait()
             _say_counters(link, report)
@@ -146,6 +154,7 @@ class LinkProcess:
             "--until-stdin-closes",
         ]
         self._stop_timeout_s = _STOP_TIMEOUT_S + (0 if trace is None else _WRITE_TIMEOUT_S)
+        self._asking = asyncio.Lock()
         self._process: Process | None = None
         self._address: Address | None = None
         self._counters: dict[str, Any] | None = None
@@ -194,6 +203,30 @@ class LinkProcess:
             self._counters = await self._end(self._process)
         return self._counters
 
+    async def fire(self, fault: str) -> int:
+        """Let a fault happen now and return on how many connections it did.
+
+        Args:
+            fault: as for ``--fault`` without a trigger: ``"reset"``, ``"stall:up,for=2s"``.
+
+        Raises:
+            ConfigError: not such a fault, or the link is not running.
+        """
+        process = self._process
+        if process is None or process.returncode is not None or self._counters is not None:
+            raise ConfigError("the link is not running: enter its context first")
+        assert process.stdin is not None
+        assert process.stdout is not None
+        async with self._asking:
+            process.stdin.write(" ".join(fault.split()).encode() + b"\n")
+            line = await process.stdout.readline()
+        if not line:
+            raise ConfigError("the link has ended: its own message says why")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise ConfigError(answer["error"])
+        return int(answer["connections"])
+
     async def _read_address(self, process: Process) -> Address:
         assert process.stdout is not None
         line = await process.stdout.readline()
@@ -216,8 +249,8 @@ class LinkProcess:
 
 
 @contextlib.contextmanager
-def _stopping(stop: asyncio.Event, until_stdin_closes: bool) -> Iterator[None]:
-    """Set ``stop`` on SIGTERM, SIGINT and (if asked) the end of standard input."""
+def _stopping(stop: asyncio.Event, obey: Callable[[str], None] | None) -> Iterator[None]:
+    """Set ``stop`` on SIGTERM, SIGINT and the end of standard input, if ``obey`` gets its lines."""
     loop = asyncio.get_running_loop()
     handled = []
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -225,8 +258,8 @@ def _stopping(stop: asyncio.Event, until_stdin_closes: bool) -> Iterator[None]:
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
             loop.add_signal_handler(number, stop.set)
             handled.append(number)
-    if until_stdin_closes:
-        threading.Thread(target=_watch_stdin, args=(loop, stop), daemon=True).start()
+    if obey is not None:
+        threading.Thread(target=_watch_stdin, args=(loop, stop, obey), daemon=True).start()
     try:
         yield
     finally:
@@ -234,13 +267,32 @@ def _stopping(stop: asyncio.Event, until_stdin_closes: bool) -> Iterator[None]:
             loop.remove_signal_handler(number)
 
 
-def _watch_stdin(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+def _watch_stdin(
+    loop: asyncio.AbstractEventLoop, stop: asyncio.Event, obey: Callable[[str], None]
+) -> None:
     # Not sys.stdin: a daemon thread that holds its lock would break the interpreter's exit.
-    with contextlib.suppress(OSError):
-        while os.read(0, 4096):
-            pass
+    rest = b""
+    with contextlib.suppress(OSError, RuntimeError):
+        while data := os.read(0, 4096):
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                loop.call_soon_threadsafe(obey, line.decode(errors="replace"))
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(stop.set)
+
+
+def _fire(link: Link, line: str, report: TextIO | None) -> None:
+    """Obey one line of standard input."""
+    answer: dict[str, Any]
+    try:
+        fault = parse_fault(line, on_demand=True)
+        answer = {"fired": str(fault), "connections": link.fire(fault)}
+    except ConfigError as error:
+        answer = {"error": str(error)}
+    if report is None:
+        _log.info("link: %s", ", ".join(f"{name}: {value}" for name, value in answer.items()))
+    else:
+        print(json.dumps(answer), file=report, flush=True)
 
 
 def _say_listening(link: Link, to: tuple[str, int], report: TextIO | None) -> None:
@@ -255,6 +307,11 @@ def _say_counters(link: Link, report: TextIO | None) -> None:
     if report is None:
         for name, tally in (("up", total.up), ("down", total.down)):
             _log.info("link: %s: %d messages, %d bytes", name, tally.messages, tally.nbytes)
+        for fault, times in link.faults.items():
+            _log.info("link: fault %s: %d times", fault, times)
         return
     connections = [counters.to_json() for counters in link.connections]
-    print(json.dumps({**total.to_json(), "connections": connections}), file=report, flush=True)
+    said = {**total.to_json(), "connections": connections}
+    if link.faults:
+        said["faults"] = link.faults
+    print(json.dumps(said), file=report, flush=True)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from dynacomm_async.errors import ConfigError
+from dynacomm_async.link.fault import Fault
 
 __all__ = ["LinkSettings"]
 
@@ -23,6 +24,7 @@ class LinkSettings:
         shared: all connections take turns on one link; otherwise each has a link of its own.
         schedule: ``(at_s, down, up)`` in increasing ``at_s``: the rates (bytes per second or
             None) from that time after the link has started until the next entry.
+        faults: what goes wrong, and when.
 
     Raises:
         ConfigError: a rate that is not positive, a time that is negative, NaN or infinite, or
@@ -36,6 +38,7 @@ class LinkSettings:
     half_duplex: bool = False
     shared: bool = False
     schedule: tuple[tuple[float, float | None, float | None], ...] = ()
+    faults: tuple[Fault, ...] = ()
 
     def __post_init__(self) -> None:
         _check_rate("rate_down_bytes_per_s", self.rate_down_bytes_per_s)
