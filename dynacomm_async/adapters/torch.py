@@ -35,6 +35,7 @@ What is done about
 - *gradient accumulation*: ``with step.accumulate():`` around all backward passes but the last;
 - *clipping*: around all of them, then clip; what was accumulated goes at the end of the step. It
   bounds this worker's gradient, not the mean;
+- *parameters that are read outside any module's call*: call ``step.wait()`` before;
 - *evaluation*: at the top of the loop's body, before ``backward``, and after the loop;
 - *float16 and bfloat16 parameters, and those on other devices*: they are copied to and fro, and the
   server's float32 values are what counts. Other types are refused.
@@ -233,8 +234,7 @@ class TorchSession:
         handles = self._handles
         handles.append(self.model.register_forward_pre_hook(self._before_all))
         for module in self.model.modules():
-            if module is not self.model or module in self._needs:
-                handles.append(module.register_forward_pre_hook(self._before))
+            handles.append(module.register_forward_pre_hook(self._before))
         for norm in self._norms:
             module = norm.norm.module
             handles.append(module.register_forward_pre_hook(self._before_norm(norm)))
@@ -359,6 +359,13 @@ class TorchStep:
         """
         value = loss.detach().item() if isinstance(loss, Tensor) else float(loss)
         self._step.report(value, images)
+
+    def wait(self) -> None:
+        """Block until all parameters are here, for code that reads some outside a module's call.
+
+        Hooks wait only for what modules read while they are called.
+        """
+        self._await_rest()
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:

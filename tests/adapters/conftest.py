@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from dynacomm_async.server import Training
 from dynacomm_async.testing.fixtures import start_server
 
 __all__ = ["start_server"]
+
+RANDOM = threading.Lock()
+"""Held by whoever draws random numbers: PyTorch's generator is one for all threads."""
 
 MODELS = Path(__file__).parents[2] / "demos" / "benchmarks" / "_torch_models.py"
 
@@ -55,7 +59,9 @@ class Run:
     def work(self, address, body=None, **options):
         from dynacomm_async.adapters.torch import TorchSession
 
-        with TorchSession(address, self.make(), self.sample, **options) as session:
+        with RANDOM:
+            session = TorchSession(address, self.make(), self.sample, **options)
+        with session:
             for step in session.steps():
                 (body or self.body)(session, step)
         return session

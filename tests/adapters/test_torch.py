@@ -21,17 +21,13 @@ pytestmark = pytest.mark.peers
 
 
 def seeded(make):
-    """The same module each time, whatever other threads draw."""
+    """The same module each time."""
 
     def make_seeded():
-        with LOCK:
-            torch.manual_seed(7)
-            return make()
+        torch.manual_seed(7)
+        return make()
 
     return make_seeded
-
-
-LOCK = __import__("threading").Lock()
 
 
 def numbers(step, rank):
@@ -108,11 +104,13 @@ def test_three_workers_without_a_sample_end_with_the_same_bits(resnet, start_ser
 
 
 @pytest.mark.parametrize("with_sample", [True, False])
-@pytest.mark.parametrize("name", ["resnet", "transformer"])
+@pytest.mark.parametrize("name", ["resnet", "transformer", "growing"])
 def test_no_value_is_read_before_it_has_arrived_or_after_its_gradient_went(
-    name, with_sample, request, start_server, check_same, monkeypatch
+    name, with_sample, request, make_run, start_server, check_same, monkeypatch
 ):
-    run = request.getfixturevalue(name)
+    run = make_run(seeded(Growing), vector_loss, vectors(0, 0))
+    if name != "growing":
+        run = request.getfixturevalue(name)
     if not with_sample:
         run.sample = None
     hand_over = Step.gradient_ready
@@ -449,6 +447,22 @@ def test_before_and_after_a_run_the_module_is_an_ordinary_one(small, start_serve
     again, result = small.train(start_server, workers=1)
     assert np.isfinite(result.parameters).all()
     assert again[0].model is model
+
+
+def test_a_parameter_that_is_read_outside_any_call_can_be_waited_for(
+    make_run, start_server, check_same
+):
+    def loss(model, step, rank):
+        return (vectors(step, rank) @ model.weight.T).square().mean()
+
+    def body(session, step):
+        step.wait()
+        loss(session.model, step.index, session.slot).backward()
+
+    run = make_run(seeded(lambda: nn.Linear(5, 3, bias=False)), loss, steps=5)
+    sessions, _ = run.train(start_server, body=body)
+
+    check_same(sessions, run.replay(2))
 
 
 def twice(session, step):
