@@ -6,7 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from itertools import pairwise
 
 from dynacomm_async.ranges import Range
@@ -94,19 +94,27 @@ class AdaptivePlans(Plans):
         estimator: the measured costs, kept up to date by the session.
         n_layers: layers of the model.
         robust: whether ``dynacomm`` reckons with errors of the estimate; other strategies never do.
+        workers: how many train together.
 
     Raises:
         ConfigError: no such strategy.
     """
 
     def __init__(
-        self, strategy: str, estimator: Estimator, n_layers: int, *, robust: bool = True
+        self,
+        strategy: str,
+        estimator: Estimator,
+        n_layers: int,
+        *,
+        robust: bool = True,
+        workers: int = 1,
     ) -> None:
         super().__init__()
         self._planner = find_planner(strategy)
         self._robust = robust and strategy == "dynacomm"
         self._estimator = estimator
         self._n_layers = n_layers
+        self._workers = workers
         self._current: AnyPlan | None = None
         self._current_costs: Costs | None = None  # which it was made for
         self._followed: AnyPlan | None = None  # what the log has come to
@@ -115,9 +123,9 @@ class AdaptivePlans(Plans):
     def refresh(self) -> None:
         """Plan for the newest costs, and keep that plan if it is clearly better than the last."""
         costs = self._estimator.costs()
-        self.costs = costs
         if costs is None:
             return
+        self.costs = costs = replace(costs, workers=self._workers)
         fresh, current = self._make(costs), self._current
         if current is None or (fresh != current and _is_worthwhile(fresh, current, costs)):
             self._current, self._current_costs = fresh, costs

@@ -30,10 +30,11 @@ class SearchedPlans(AdaptivePlans):
     Args:
         estimator: the measured costs, kept up to date by the session.
         n_layers: layers of the model.
+        workers: how many train together.
     """
 
-    def __init__(self, estimator: Estimator, n_layers: int) -> None:
-        super().__init__("joint", estimator, n_layers, robust=False)
+    def __init__(self, estimator: Estimator, n_layers: int, *, workers: int = 1) -> None:
+        super().__init__("joint", estimator, n_layers, robust=False, workers=workers)
         self._search = find_planner("joint")
         # Written by the searching thread, read by the event loop's: one assignment each.
         self._found: _Found | None = None

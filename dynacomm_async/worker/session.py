@@ -445,8 +445,10 @@ class Session:
             return self._plans_factory(self.grid, self.estimator)
         strategy = self._strategy or welcome.settings.get("strategy") or DEFAULT_STRATEGY
         if strategy == "joint":
-            return SearchedPlans(self.estimator, len(self.grid.layers))
-        return AdaptivePlans(str(strategy), self.estimator, len(self.grid.layers))
+            return SearchedPlans(self.estimator, len(self.grid.layers), workers=welcome.workers)
+        return AdaptivePlans(
+            str(strategy), self.estimator, len(self.grid.layers), workers=welcome.workers
+        )
 
 
 class Step:

@@ -27,6 +27,7 @@ from dataclasses import replace
 from math import isqrt
 from typing import NamedTuple
 
+from dynacomm_async.ranges import CELL_NBYTES
 from dynacomm_async.schedule.costs import Costs
 from dynacomm_async.schedule.crossing import Crossing, Sent
 from dynacomm_async.schedule.dispatch import Policy
@@ -62,6 +63,10 @@ _CLEARLY_BETTER_PER_MILLE = 995
 _MOST_NAMED = 16
 """Messages each way of the best policy with which a search for lists begins."""
 
+_ROUNDING_PER_MILLE = 1020
+"""A step that is at most this much longer by the model is worth sizes that all workers agree on:
+where sizes differ, a cell waits at the server for the worker whose message ends later."""
+
 _MOST_MESSAGES = 256
 """In one direction. Finer ones gain next to nothing, and take long to simulate."""
 
@@ -81,6 +86,8 @@ def plan_joint(costs: Costs) -> AnyPlan:
     search = _Search(costs)
     search.run()
     search.name_messages(costs)
+    if costs.workers > 1:
+        search.round_sizes()
     return search.choice
 
 
@@ -162,6 +169,31 @@ class _Search:
         plan, step_ns = search_segments(costs, starts)
         if 1000 * step_ns < _CLEARLY_BETTER_PER_MILLE * self.step_ns:
             self.plan, self.step_ns = plan, step_ns
+
+    def round_sizes(self) -> None:
+        """Take the nearest of a few sizes, where that costs little.
+
+        What comes down has gone up from every worker before. Workers alike, whose estimates differ
+        by a few per cent, then choose the same sizes, and their messages end at the same cells.
+        """
+        plan = self.plan
+        if not isinstance(plan, PolicyPlan):
+            return
+        limit_ns = self.step_ns * _ROUNDING_PER_MILLE // 1000 + 1
+        push = replace(plan.push, cap_nbytes=self._round(plan.push.cap_nbytes))
+        pull = replace(plan.pull, cap_nbytes=self._round(plan.pull.cap_nbytes))
+        pushed = self._crossing.try_push(push, limit_ns)
+        step_ns = None if pushed is None else self._crossing.try_pull(pull, pushed, limit_ns)
+        if step_ns is not None:
+            self.plan, self.step_ns = replace(plan, pull=pull, push=push), step_ns
+
+    def _round(self, cap_nbytes: int | None) -> int | None:
+        if cap_nbytes is None:
+            return None
+        size = CELL_NBYTES
+        while 5 * size < 4 * cap_nbytes:  # nearer to the next size, half as large again
+            size = size * 3 // 2
+        return min(size, self._nbytes)
 
     @property
     def choice(self) -> AnyPlan:

@@ -18,6 +18,7 @@ from dynacomm_async.schedule import (
     make_plan,
 )
 from dynacomm_async.schedule.planners import keep_joint, plan_joint
+from dynacomm_async.schedule.whatif import with_speed
 from dynacomm_async.testing import search_crossing
 
 MakeCosts = Callable[..., Costs]
@@ -134,6 +135,28 @@ def test_equal_tables_give_equal_plans_on_every_machine() -> None:
     plans = [plan_joint(make_network(seed, n_layers=12)).to_json() for seed in range(6)]
     text = json.dumps(plans, sort_keys=True)
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "549de65789b99573"
+
+
+def test_workers_whose_estimates_differ_a_little_mostly_choose_the_same_sizes() -> None:
+    same = 0
+    for seed in range(30):
+        costs = replace(make_network(seed, n_layers=12), workers=2)
+        numbers = random.Random(seed)
+        other = replace(
+            with_speed(costs, numbers.uniform(0.97, 1.03)),
+            layers=tuple(
+                replace(
+                    layer,
+                    forward_ns=round(layer.forward_ns * numbers.uniform(0.95, 1.05)),
+                    backward_ns=round(layer.backward_ns * numbers.uniform(0.95, 1.05)),
+                )
+                for layer in costs.layers
+            ),
+        )
+        plans = [plan_joint(costs), plan_joint(other)]
+        caps = [p.push.cap_nbytes for p in plans if isinstance(p, PolicyPlan)]
+        same += len(caps) == 2 and caps[0] == caps[1]
+    assert same >= 20, same
 
 
 def test_a_plan_in_use_is_kept_for_as_long_as_it_beats_dynacomms() -> None:
