@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dynacomm_async.errors import ShapeError
+from dynacomm_async.errors import ConfigError, ShapeError
 from dynacomm_async.nn.graph import Operator
 from dynacomm_async.nn.hooks import Hooks
 from dynacomm_async.nn.kernels import softmax_cross_entropy
@@ -16,7 +16,10 @@ from dynacomm_async.nn.memory import Arenas, Array, Memory
 if TYPE_CHECKING:
     from dynacomm_async.nn.network import Network
 
-__all__ = ["MOMENTUM", "Engine"]
+__all__ = ["MOMENTUM", "Draw", "Engine"]
+
+Draw = tuple[int, int, int]
+"""(seed, step, slot): what dropout follows from, each at least 0."""
 
 MOMENTUM = 0.1
 """Weight of the newest batch in running statistics."""
@@ -25,8 +28,8 @@ MOMENTUM = 0.1
 class Engine:
     """Runs a :class:`Network`; made by :meth:`Network.bind`.
 
-    One thread at a time may use it. The same images, labels and parameters give the same bits,
-    wherever the arenas lie in memory.
+    One thread at a time may use it. The same images, labels, parameters and draw give the same
+    bits, wherever the arenas lie in memory.
 
     Attributes:
         network, batch: what it was bound for.
@@ -37,14 +40,17 @@ class Engine:
         loss: of the last :meth:`step`, set before ``after_forward`` of the last layer is called.
     """
 
-    def __init__(self, network: Network, batch: int, arenas: Arenas) -> None:
+    def __init__(
+        self, network: Network, batch: int, arenas: Arenas, smoothing: float = 0.0
+    ) -> None:
         self.network = network
         self.batch = batch
         self.parameters = arenas.parameters
         self.gradients = arenas.gradients
         self.statistics = arenas.statistics
         self.batch_statistics = arenas.batch_statistics
-        memory = Memory(network.nodes, network.input, batch, arenas)
+        self._smoothing = smoothing
+        self._memory = memory = Memory(network.nodes, network.input, batch, arenas)
         self._input = memory.value(network.input)
         self._layers: list[list[Operator]] = [
             [node.layer.plan(node, memory) for node in nodes] for nodes in network.layer_nodes
@@ -52,22 +58,28 @@ class Engine:
         self._logits = memory.value(network.output)
         self._gradient = memory.gradient(network.output)
         self._norm = next((node.name for node in network.nodes if node.layer.normalises), None)
+        self._chance = next((node.name for node in network.nodes if node.layer.draws), None)
         self._ready = False
         self.loss = 0.0
 
-    def forward(self, images: Array, *, hooks: Hooks | None = None) -> Array:
+    def forward(
+        self, images: Array, *, hooks: Hooks | None = None, draw: Draw | None = None
+    ) -> Array:
         """Logits (N, classes) for a training batch, with batch statistics.
 
         Args:
             images: (N, H, W, C) with N the bound batch; copied.
+            draw: what dropout follows from; only a network without any does without.
 
         Returns:
             A view, valid until the next call.
 
         Raises:
             ShapeError: images of the wrong shape or dtype, or one image with batch norm.
+            ConfigError: there is dropout, and no draw.
         """
         self._check_training(images)
+        self._set_draw(draw)
         self._run_forward(images, None, hooks)
         return self._logits
 
@@ -87,22 +99,30 @@ class Engine:
         self._run_backward(hooks)
 
     def step(
-        self, images: Array, labels: NDArray[np.integer[Any]], hooks: Hooks | None = None
+        self,
+        images: Array,
+        labels: NDArray[np.integer[Any]],
+        hooks: Hooks | None = None,
+        *,
+        draw: Draw | None = None,
     ) -> float:
         """Forward and backward of one training batch.
 
         Args:
             images: (N, H, W, C) with N the bound batch; copied.
             labels: (N,) integers from 0 to classes - 1.
+            draw: as for :meth:`forward`.
 
         Returns:
             Mean softmax cross-entropy; its gradient is in :attr:`gradients`.
 
         Raises:
             ShapeError: as :meth:`forward`, or labels that do not fit.
+            ConfigError: as :meth:`forward`.
         """
         checked = self._check_labels(labels, len(images))
         self._check_training(images)
+        self._set_draw(draw)
         self._run_forward(images, checked, hooks)
         self._run_backward(hooks)
         return self.loss
@@ -128,6 +148,8 @@ class Engine:
 
     def evaluate(self, images: Array, labels: NDArray[np.integer[Any]]) -> tuple[float, int]:
         """Mean loss and number of right answers in evaluation mode, for any number of images.
+
+        Labels are never smoothed here.
 
         Raises:
             ShapeError: images or labels that do not fit, or no images at all.
@@ -158,7 +180,9 @@ class Engine:
             for operator in operators:
                 operator.forward(True)
             if index == last and labels is not None:
-                losses = softmax_cross_entropy(self._logits, labels, self._gradient)
+                losses = softmax_cross_entropy(
+                    self._logits, labels, self._gradient, smoothing=self._smoothing
+                )
                 self.loss = float(losses.mean(dtype=np.float64))
             if hooks is not None:
                 hooks.after_forward(index)
@@ -182,6 +206,14 @@ class Engine:
                 f"layer {self._norm}: a batch of 1 image has no batch statistics, "
                 f"expected at least 2 to train with batch norm"
             )
+
+    def _set_draw(self, draw: Draw | None) -> None:
+        if self._chance is not None and draw is None:
+            raise ConfigError(
+                f"layer {self._chance}: dropout needs to know what it follows from, "
+                f"expected draw=(seed, step, slot)"
+            )
+        self._memory.draw = draw or ()
 
     def _check(self, what: str, array: Array, shape: tuple[int, ...]) -> None:
         """Raises ShapeError naming the layer that would read ``array``: the first or the last."""

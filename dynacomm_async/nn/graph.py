@@ -30,6 +30,7 @@ __all__ = [
     "Node",
     "Operator",
     "Pools",
+    "Rectifies",
     "Shape",
     "Value",
     "fuse",
@@ -79,6 +80,16 @@ class Layer:
     @property
     def fuses_relu(self) -> bool:
         """The operator can apply a ReLU to its output itself."""
+        return False
+
+    @property
+    def fuses_limit(self) -> bool:
+        """The ReLU that the operator applies may have an upper limit."""
+        return False
+
+    @property
+    def draws(self) -> bool:
+        """In training the output depends on chance: a step must be given what it follows from."""
         return False
 
     @property
@@ -160,6 +171,7 @@ class Node:
         inputs: what it reads.
         output: what it computes, after the fused ReLU and pooling.
         relu: a ReLU is fused into it.
+        limit: the fused ReLU's upper limit.
         pool: size of the pooling windows (stride the same) fused into it.
         raw_shape: of the output before fused pooling.
     """
@@ -170,6 +182,7 @@ class Node:
     output: Value
     raw_shape: Shape
     relu: bool = False
+    limit: float | None = None
     pool: tuple[int, int] | None = None
 
     @property
@@ -274,12 +287,26 @@ def _absorb(first: Node, second: Node) -> Node | None:
     """One node that does what the two do, or None."""
     if first.pool is not None:
         return None
-    if second.layer.kind == "relu" and first.layer.fuses_relu and not first.relu:
-        return replace(first, output=second.output, relu=True)
+    if isinstance(second.layer, Rectifies) and first.layer.fuses_relu and not first.relu:
+        limit = second.layer.most
+        if limit is None or first.layer.fuses_limit:
+            return replace(first, output=second.output, relu=True, limit=limit)
+        return None
     pool = second.layer.pool_size(first.raw_shape) if isinstance(second.layer, Pools) else None
     if pool is not None and first.layer.fuses_pool:
         return replace(first, output=second.output, pool=pool)
     return None
+
+
+@dataclass(frozen=True)
+class Rectifies(Layer):
+    """Base of the layer that an operator in front may apply to its output.
+
+    Attributes:
+        most: the upper limit; None: there is none.
+    """
+
+    most: float | None = None
 
 
 class Pools(Layer):

@@ -67,6 +67,11 @@ class Memory:
         nodes: of the network, in forward order.
         batch: images in a batch.
         arenas: parameters and their like; views of them are handed out.
+
+    Attributes:
+        batch: as given.
+        dtype: of all arrays but masks.
+        draw: what the chance of the training step at hand follows from.
     """
 
     def __init__(self, nodes: Sequence[Node], source: Value, batch: int, arenas: Arenas) -> None:
@@ -87,6 +92,7 @@ class Memory:
         self._gradients: dict[int, Array] = {}
         self._frames: dict[int, Array] = {}
         self._scratch: dict[str, Array] = {}
+        self.draw: tuple[int, ...] = ()
         self._ones = np.ones(0, self.dtype)
         self._zeros = np.zeros(0, self.dtype)
 
@@ -129,6 +135,10 @@ class Memory:
         whole = np.zeros((self.batch, *size, channels), self.dtype)
         inner = whole[:, frame.above : frame.above + height, frame.left : frame.left + width]
         return whole, inner
+
+    def keep(self, shape: Shape) -> Array:
+        """A new array of zeros for what one operator alone keeps."""
+        return np.zeros(shape, self.dtype)
 
     def shared(self, value: Value) -> bool:
         """More than one node reads ``value``."""

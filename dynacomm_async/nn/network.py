@@ -124,6 +124,7 @@ class Network:
         batch_statistics: Array | None = None,
         *,
         dtype: Any = None,
+        smoothing: float = 0.0,
     ) -> Engine:
         """Plan all workspaces for ``batch`` images; return what computes steps in them.
 
@@ -134,12 +135,16 @@ class Network:
         Args:
             batch: images in a training step, at least 1 (2 with batch norm to train).
             dtype: float32 or float64; None takes that of ``parameters``, else float32.
+            smoothing: of the labels in training, at least 0 and below 1.
 
         Raises:
+            ConfigError: a batch or a smoothing that cannot be.
             ShapeError: an arena has the wrong size, dtype or layout.
         """
         if batch < 1:
             raise ConfigError(f"the batch is {batch}, expected at least 1")
+        if not 0 <= smoothing < 1:
+            raise ConfigError(f"label smoothing is {smoothing}, expected at least 0 and below 1")
         if dtype is None:
             dtype = np.float32 if parameters is None else parameters.dtype
         kind = np.dtype(dtype)
@@ -154,7 +159,7 @@ class Network:
             self._arena("statistics", statistics, moments, kind),
             self._arena("batch_statistics", batch_statistics, moments, kind),
         )
-        return Engine(self, batch, arenas)
+        return Engine(self, batch, arenas, smoothing)
 
     def _arena(self, what: str, given: Array | None, count: int, dtype: np.dtype[Any]) -> Array:
         if given is None:

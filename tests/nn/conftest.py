@@ -29,10 +29,11 @@ def _wrap(parts: Sequence[Definition], input_shape: tuple[int, ...], classes: in
 def _worst_gradient_error(network: Network, batch: int, seed: int, probes: int = 25) -> float:
     """Largest relative error of the gradient against central differences, in float64."""
     generator = np.random.default_rng(seed)
-    engine = network.bind(batch, dtype=np.float64)
+    engine = network.bind(batch, dtype=np.float64, smoothing=0.1)
     engine.parameters[:] = 0.5 * generator.standard_normal(network.parameters)
     images, labels = _batch(network, batch, seed, np.float64)
-    engine.step(images, labels)
+    draw = (seed, 3, 1)
+    engine.step(images, labels, draw=draw)
     gradients = engine.gradients.copy()
     floor = 1e-3 * np.abs(gradients).max()
     worst = 0.0
@@ -41,7 +42,7 @@ def _worst_gradient_error(network: Network, batch: int, seed: int, probes: int =
         middle = engine.parameters[index]
         for offset in (1e-6, -1e-6):
             engine.parameters[index] = middle + offset
-            losses.append(engine.step(images, labels))
+            losses.append(engine.step(images, labels, draw=draw))
         engine.parameters[index] = middle
         numerical = (losses[0] - losses[1]) / 2e-6
         error = abs(numerical - gradients[index]) / max(floor, abs(numerical))

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from dynacomm_async import models
-from dynacomm_async.errors import ShapeError
+from dynacomm_async.errors import ConfigError, ShapeError
 from dynacomm_async.nn import (
     BatchNorm,
     Conv2d,
     Dense,
+    Dropout,
     Flatten,
     GlobalAvgPool,
     MaxPool,
@@ -21,6 +22,7 @@ from dynacomm_async.nn import (
     ReLU,
     Residual,
 )
+from dynacomm_async.nn.kernels import draw_factors
 
 
 class Recorder:
@@ -232,6 +234,68 @@ def test_evaluation_does_not_disturb_the_next_step(normalised, make_batch, make_
     engine.evaluate(*make_batch(normalised, 6, 1))
     assert engine.step(images, labels) == expected[0]
     assert np.array_equal(engine.gradients, expected[1])
+
+
+@pytest.fixture
+def dropping():
+    """A network with dropout of images and of features."""
+    parts = [Conv2d(6, 3), ReLU(), Dropout(0.2), Flatten(), Dense(50), ReLU(), Dropout(), Dense(4)]
+    return Network("dropping", parts, (8, 8, 1), 4)
+
+
+def test_dropout_follows_from_seed_step_and_slot(dropping, make_batch, make_engine):
+    images, labels = make_batch(dropping, 8, 0)
+    engine = make_engine(dropping, 8)
+    expected = engine.step(images, labels, draw=(3, 7, 1)), engine.gradients.tobytes()
+    for draw in [(4, 7, 1), (3, 8, 1), (3, 7, 0), (7, 3, 1)]:
+        assert engine.step(images, labels, draw=draw) != expected[0]
+    engine.evaluate(images, labels)
+    for repeated in (engine, make_engine(dropping, 8)):
+        assert repeated.step(images, labels, draw=(3, 7, 1)) == expected[0]
+        assert repeated.gradients.tobytes() == expected[1]
+
+
+def test_dropout_without_anything_to_follow_from_is_refused(dropping, make_batch, make_engine):
+    engine = make_engine(dropping, 8)
+    images, labels = make_batch(dropping, 8, 0)
+    with pytest.raises(ConfigError, match=r"layer drop1: .* expected draw=\(seed, step, slot\)"):
+        engine.step(images, labels)
+    with pytest.raises(ConfigError, match="layer drop1"):
+        engine.forward(images)
+
+
+def test_evaluation_drops_nothing(dropping, make_batch):
+    images, _ = make_batch(dropping, 8, 0)
+    parameters = dropping.initialise(0)
+    parts = [Conv2d(6, 3), ReLU(), Flatten(), Dense(50), ReLU(), Dense(4)]
+    whole = Network("whole", parts, (8, 8, 1), 4)
+    ours, expected = (net.bind(8, parameters).predict(images) for net in (dropping, whole))
+    assert np.array_equal(ours, expected)
+
+
+def test_dropped_shares_are_as_asked_and_the_mean_stays():
+    for rate in (0.0, 0.1, 0.5, 0.9):
+        factors = np.empty(100_001, np.float32)
+        draw_factors(factors, rate, (1, 2, 3, 4))
+        assert np.isin(factors, [0, np.float32(1 / (1 - rate))]).all()
+        assert (factors == 0).mean() == pytest.approx(rate, abs=6e-3)
+        part = np.empty(777, np.float32)
+        draw_factors(part, rate, (1, 2, 3, 4))
+        assert np.array_equal(part, factors[:777])
+
+
+def test_labels_are_smoothed_in_steps_and_not_in_evaluation(pooled, make_batch):
+    images, labels = make_batch(pooled, 3, 0)
+    plain = pooled.bind(3, pooled.initialise(0))
+    smoothed = pooled.bind(3, pooled.initialise(0), smoothing=0.2)
+    targets = np.full((3, 4), 0.2 / 4)
+    targets[range(3), labels] += 0.8
+    logits = plain.forward(images).astype(np.float64)
+    logs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    assert smoothed.step(images, labels) == pytest.approx(-(targets * logs).sum(1).mean(), rel=1e-5)
+    assert smoothed.evaluate(images, labels) == plain.evaluate(images, labels)
+    with pytest.raises(ConfigError, match="label smoothing is 1"):
+        pooled.bind(3, smoothing=1)
 
 
 @pytest.mark.parametrize("offset", [1, 3, 6, 13])

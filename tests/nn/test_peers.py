@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from dynacomm_async import models
 from dynacomm_async.nn import (
@@ -13,14 +14,17 @@ from dynacomm_async.nn import (
     Concat,
     Conv2d,
     Dense,
+    Dropout,
     Flatten,
     GlobalAvgPool,
+    LocalResponseNorm,
     MaxPool,
     PadShortcut,
     ReLU,
     Residual,
     Tanh,
 )
+from dynacomm_async.nn.kernels import draw_factors, softmax_cross_entropy
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 F = torch.nn.functional
@@ -28,12 +32,21 @@ F = torch.nn.functional
 pytestmark = pytest.mark.peers
 
 
+DRAW = (5, 1, 2)
+
+
+def rectify(x, most):
+    return F.relu(x) if most is None else F.hardtanh(x, 0, most)
+
+
 def apply(node, inputs, parameters):
     """What PyTorch computes for one node, on (N, C, H, W)."""
     layer, x = node.layer, inputs[0]
     if isinstance(layer, Conv2d):
         weights, bias = parameters if layer.bias else (*parameters, None)
-        y = F.conv2d(x, weights.permute(3, 2, 0, 1), bias, layer.steps, layer.border())
+        y = F.conv2d(
+            x, weights.permute(3, 2, 0, 1), bias, layer.steps, layer.border(), groups=layer.groups
+        )
     elif isinstance(layer, Dense):
         weights, *bias = parameters
         y = F.linear(x, weights.T, *bias)
@@ -53,11 +66,19 @@ def apply(node, inputs, parameters):
         y = F.pad(x[:, :, :: layer.stride, :: layer.stride], halves)
     elif isinstance(layer, Concat):
         y = torch.cat(inputs, 1)
-    elif isinstance(layer, Tanh | ReLU):
-        y = x.tanh() if isinstance(layer, Tanh) else x.relu()
+    elif isinstance(layer, Tanh):
+        y = x.tanh()
+    elif isinstance(layer, ReLU):
+        y = rectify(x, layer.most)
+    elif isinstance(layer, LocalResponseNorm):
+        y = F.local_response_norm(x, layer.size, layer.alpha, layer.beta, layer.k)
+    elif isinstance(layer, Dropout):
+        factors = np.empty((len(x), *node.output.shape))
+        draw_factors(factors.reshape(-1), layer.rate, (*DRAW, node.output.index))
+        y = x * torch.from_numpy(np.moveaxis(factors, -1, 1))
     else:
         y = inputs[0] + inputs[1]
-    y = F.relu(y) if node.relu else y
+    y = rectify(y, node.limit) if node.relu else y
     return y if node.pool is None else F.max_pool2d(y, node.pool)
 
 
@@ -92,8 +113,8 @@ def disagreement(network, batch, seed, make_batch):
     engine = network.bind(batch, parameters)
     images, labels = make_batch(network, batch, seed)
     logits, gradients = twin(network, parameters, images, labels)
-    errors = [relative(engine.forward(images), logits)]
-    engine.step(images, labels)
+    errors = [relative(engine.forward(images, draw=DRAW), logits)]
+    engine.step(images, labels, draw=DRAW)
     offset = 0
     for layer in network.layers:
         part = slice(offset, offset + layer.count)
@@ -123,6 +144,65 @@ def test_a_convolution_agrees(shape, channels, kernel, stride, padding, wrap, ma
     assert disagreement(network, 4, 0, make_batch) < 1e-4
 
 
+@settings(
+    max_examples=80,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    extent=st.tuples(st.integers(5, 20), st.integers(5, 20)),
+    channels=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    groups=st.integers(1, 4),
+    depthwise=st.booleans(),
+    kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 4), st.integers(0, 4)),
+    behind=st.sampled_from([[], [Tanh()], [BatchNorm(), Tanh()]]),
+    seed=st.integers(0, 1000),
+)
+def test_convolutions_of_any_shape_agree(
+    extent,
+    channels,
+    groups,
+    depthwise,
+    kernel,
+    stride,
+    padding,
+    behind,
+    seed,
+    wrap,
+    make_batch,
+):
+    padding = tuple(min(p, k - 1) for p, k in zip(padding, kernel, strict=True))
+    before, after = (groups * count for count in channels)
+    if depthwise:
+        groups = after = before
+    convolution = Conv2d(after, kernel, stride, padding, groups=groups)
+    network = wrap([Conv2d(before, 1, name="front"), convolution, *behind], (*extent, 2))
+    assert disagreement(network, 3, seed, make_batch) < 1e-4
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    batch=st.integers(1, 9),
+    classes=st.integers(2, 12),
+    smoothing=st.floats(0, 0.9),
+    seed=st.integers(0, 1000),
+)
+def test_cross_entropy_with_smoothed_labels_agrees(batch, classes, smoothing, seed):
+    generator = np.random.default_rng(seed)
+    logits = 4 * generator.standard_normal((batch, classes), dtype=np.float32)
+    labels = generator.integers(0, classes, batch)
+    gradient = np.empty_like(logits)
+    losses = softmax_cross_entropy(logits, labels, gradient, smoothing=smoothing)
+    theirs = torch.from_numpy(logits).requires_grad_()
+    loss = F.cross_entropy(theirs, torch.from_numpy(labels), label_smoothing=smoothing)
+    loss.backward()
+    assert losses.mean() == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
+    np.testing.assert_allclose(gradient, theirs.grad.numpy(), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "parts",
     [
@@ -138,6 +218,11 @@ def test_a_convolution_agrees(shape, channels, kernel, stride, padding, wrap, ma
         [Conv2d(8, 3, bias=False), BatchNorm(), ReLU()],
         [Conv2d(8, 3), BatchNorm(epsilon=0.1), Tanh()],
         [Conv2d(8, 3), GlobalAvgPool(), Dense(6), ReLU()],
+        [Conv2d(8, 3), BatchNorm(), ReLU(0.5), Conv2d(3, 3)],
+        [Conv2d(8, 3), ReLU(0.5), Flatten(), Dense(6), Dropout(0.4), Dense(5)],
+        [Conv2d(8, 3), Dropout(0.2), Tanh()],
+        [Conv2d(8, 3), LocalResponseNorm(5, 0.7), Tanh()],
+        [Conv2d(8, 3), LocalResponseNorm(4, 0.9, 0.5, 2.0), Tanh()],
         [Conv2d(8, 3, 2, 1), Residual([Conv2d(9, 3, 2, 1)], [PadShortcut(9, 2)]), ReLU()],
     ],
     ids=lambda parts: "-".join(type(part).__name__ for part in parts),

@@ -16,7 +16,13 @@ from dynacomm_async.nn.kernels.convolution import (
     rotate_weights,
 )
 from dynacomm_async.nn.kernels.depthwise import DepthwiseWindows
-from dynacomm_async.nn.kernels.elementwise import column_sums, image_groups, mask_positive
+from dynacomm_async.nn.kernels.dropping import draw_factors
+from dynacomm_async.nn.kernels.elementwise import (
+    column_sums,
+    image_groups,
+    mask_between,
+    mask_positive,
+)
 from dynacomm_async.nn.kernels.loss import softmax_cross_entropy
 from dynacomm_async.nn.kernels.pooling import (
     Tap,
@@ -35,8 +41,10 @@ __all__ = [
     "clipped_taps",
     "column_sums",
     "columns_needed",
+    "draw_factors",
     "image_groups",
     "input_phases",
+    "mask_between",
     "mask_positive",
     "phase_border",
     "plan_blocks",

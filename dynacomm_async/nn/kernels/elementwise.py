@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["GROUP_FLOATS", "column_sums", "image_groups", "mask_positive"]
+__all__ = ["GROUP_FLOATS", "column_sums", "image_groups", "mask_between", "mask_positive"]
 
 Array = NDArray[Any]
 
@@ -30,6 +30,17 @@ def mask_positive(gradient: Array, activation: Array, mask: Array, out: Array) -
     """
     np.greater(activation, 0, out=mask)
     np.multiply(gradient, mask, out=out)
+
+
+def mask_between(gradient: Array, activation: Array, most: float, masks: Array, out: Array) -> None:
+    """Write ``gradient`` where ``activation`` is above 0 and below ``most``, else 0, into ``out``.
+
+    As :func:`mask_positive`, but for ``masks``, which is boolean scratch of (2, ...).
+    """
+    np.greater(activation, 0, out=masks[0])
+    np.less(activation, most, out=masks[1])
+    np.logical_and(masks[0], masks[1], out=masks[0])
+    np.multiply(gradient, masks[0], out=out)
 
 
 def column_sums(matrix: Array, ones: Array, out: Array) -> None:

@@ -6,39 +6,55 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dynacomm_async.nn.graph import Layer, Node, Operator
-from dynacomm_async.nn.kernels import mask_positive
+from dynacomm_async.errors import ConfigError
+from dynacomm_async.nn.graph import Layer, Node, Operator, Rectifies
+from dynacomm_async.nn.kernels import mask_between, mask_positive
 from dynacomm_async.nn.memory import Memory
 
 __all__ = ["ReLU", "Tanh"]
 
 
 @dataclass(frozen=True)
-class ReLU(Layer):
-    """max(x, 0); at 0 the gradient is 0."""
+class ReLU(Rectifies):
+    """max(x, 0), and no more than ``most`` where that is given (6: ReLU6).
+
+    At 0, and at ``most``, the gradient is 0.
+    """
 
     kind = "relu"
 
+    def __post_init__(self) -> None:
+        if self.most is not None and not self.most > 0:
+            raise ConfigError(f"the limit of a ReLU is {self.most}, expected more than 0")
+
     def plan(self, node: Node, memory: Memory) -> Operator:
-        return _ReLUOperator(node, memory)
+        return _ReLUOperator(node, self, memory)
 
 
 class _ReLUOperator:
-    def __init__(self, node: Node, memory: Memory) -> None:
+    def __init__(self, node: Node, layer: ReLU, memory: Memory) -> None:
+        self._most = layer.most
         self._input, self._output = memory.value(node.inputs[0]), memory.value(node.output)
         self._sink = memory.sink(node.inputs[0])
         self._gradient = memory.gradient(node.output)
         shape, size = self._gradient.shape, self._gradient.size
-        self._mask = memory.scratch("whole mask", size, np.bool_).reshape(shape)
+        self._masks = memory.scratch("whole mask", 2 * size, np.bool_).reshape(2, *shape)
         self._masked = memory.scratch("whole", size).reshape(shape)
 
     def forward(self, training: bool) -> None:
-        np.maximum(self._input, 0, out=self._output)
+        if self._most is None:
+            np.maximum(self._input, 0, out=self._output)
+        else:
+            np.clip(self._input, 0, self._most, out=self._output)
 
     def backward(self) -> None:
-        if self._sink is not None:
-            mask_positive(self._gradient, self._output, self._mask, self._masked)
-            self._sink.put(self._masked)
+        if self._sink is None:
+            return
+        if self._most is None:
+            mask_positive(self._gradient, self._output, self._masks[0], self._masked)
+        else:
+            mask_between(self._gradient, self._output, self._most, self._masks, self._masked)
+        self._sink.put(self._masked)
 
 
 @dataclass(frozen=True)

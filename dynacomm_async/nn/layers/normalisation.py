@@ -10,7 +10,7 @@ import numpy as np
 
 from dynacomm_async.errors import ConfigError
 from dynacomm_async.nn.graph import Layer, Node, Operator, Shape
-from dynacomm_async.nn.kernels import column_sums, image_groups, mask_positive
+from dynacomm_async.nn.kernels import column_sums, image_groups, mask_between, mask_positive
 from dynacomm_async.nn.memory import Array, Memory, Sink
 
 __all__ = ["BatchNorm"]
@@ -33,6 +33,7 @@ class BatchNorm(Layer):
     kind = "norm"
     normalises = True
     fuses_relu = True
+    fuses_limit = True
 
     def __post_init__(self) -> None:
         if not self.epsilon > 0:
@@ -65,8 +66,8 @@ class _Group(NamedTuple):
     dy: Array
     """View of the output's gradient; masked in place."""
     shaped_dy: Array
-    mask: Array
-    """Scratch of the shape of ``y``."""
+    masks: Array
+    """Scratch, two of the shape of ``y``."""
     t: Array
     shaped_t: Array
     u: Array
@@ -89,7 +90,7 @@ class _BatchNormOperator:
         self._run = width * channels
         self._epsilon = memory.dtype.type(layer.epsilon)
         self._count = memory.dtype.type(memory.batch * height * width)
-        self._relu = node.relu
+        self._relu, self._limit = node.relu, node.limit
         self._parameters = memory.parameters(node)
         self._parameter_gradients = memory.parameter_gradients(node)
         self._running, self._of_batch = memory.statistics(node)
@@ -113,9 +114,9 @@ class _BatchNormOperator:
             load = x.reshape(source.shape), source
         t = memory.scratch("masked", size)[: y.size]
         u = memory.scratch("products", size)[: y.size]
-        mask = memory.scratch("mask", size, np.bool_)[: y.size].reshape(y.shape)
+        masks = memory.scratch("mask", 2 * size, np.bool_)[: 2 * y.size].reshape(2, *y.shape)
         sink = None if self._sink is None else self._sink.array[images]
-        return _Group(x, load, y, dy.reshape(-1), dy, mask, t, t.reshape(y.shape), u, sink)
+        return _Group(x, load, y, dy.reshape(-1), dy, masks, t, t.reshape(y.shape), u, sink)
 
     def _tile(self, index: int, values: Array) -> Array:
         """``values`` (C,), repeated for each pixel of a group; valid while this operator runs."""
@@ -147,7 +148,9 @@ class _BatchNormOperator:
             t, length = group.t, group.t.size
             np.multiply(_load(group), factor[:length], out=t)
             np.add(t, offset[:length], out=t)
-            if self._relu:
+            if self._limit is not None:
+                np.clip(t, 0, self._limit, out=t)
+            elif self._relu:
                 np.maximum(t, self._zeros[:length], out=t)
             np.copyto(group.y, group.shaped_t)
 
@@ -177,8 +180,7 @@ class _BatchNormOperator:
         mean = self._tile(0, self._mean)
         for index, group in enumerate(self._groups):
             t, dy = group.t, group.dy
-            if self._relu:
-                mask_positive(group.shaped_dy, group.y, group.mask, group.shaped_dy)
+            self._mask(group)
             self._add_rows(dy, self._row, index == 0)
             np.subtract(_load(group), mean[: t.size], out=t)
             np.multiply(t, dy, out=t)
@@ -188,6 +190,14 @@ class _BatchNormOperator:
         np.multiply(gamma_gradient, self._scale, out=gamma_gradient)
         if self._sink is not None:
             self._backward_input(self._sink.accumulate)
+
+    def _mask(self, group: _Group) -> None:
+        """Turn the gradient behind the fused ReLU into the one in front of it, in place."""
+        dy = group.shaped_dy
+        if self._limit is not None:
+            mask_between(dy, group.y, self._limit, group.masks, dy)
+        elif self._relu:
+            mask_positive(dy, group.y, group.masks[0], dy)
 
     def _backward_input(self, accumulate: bool) -> None:
         """The input's gradient is a * dy + b * x + c with three numbers for each channel."""
