@@ -7,9 +7,10 @@ from dynacomm_async.models.googlenet import googlenet
 from dynacomm_async.models.inception_v4 import inception_v4
 from dynacomm_async.models.lenet import lenet, lenet_smooth
 from dynacomm_async.models.mlp import mlp
-from dynacomm_async.models.resnet import resnet20, resnet152
+from dynacomm_async.models.mobilenet import mobilenet_v2
+from dynacomm_async.models.resnet import resnet18, resnet20, resnet50, resnet152
 from dynacomm_async.models.table import MODELS, ModelFunction, build
-from dynacomm_async.models.vgg import vgg19, vgg_small
+from dynacomm_async.models.vgg import vgg11, vgg16, vgg19, vgg_small
 
 __all__ = [
     "MODELS",
@@ -21,8 +22,13 @@ __all__ = [
     "lenet",
     "lenet_smooth",
     "mlp",
+    "mobilenet_v2",
+    "resnet18",
     "resnet20",
+    "resnet50",
     "resnet152",
+    "vgg11",
+    "vgg16",
     "vgg19",
     "vgg_small",
 ]

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from dynacomm_async.nn import Branches, Conv2d, Dense, GlobalAvgPool, MaxPool, Network, ReLU
+from dynacomm_async.nn import (
+    Branches,
+    Conv2d,
+    Dense,
+    Dropout,
+    GlobalAvgPool,
+    LocalResponseNorm,
+    MaxPool,
+    Network,
+    ReLU,
+)
 from dynacomm_async.nn.graph import Definition
 
 __all__ = ["googlenet"]
@@ -28,22 +38,21 @@ def googlenet(input_shape: tuple[int, ...] = (224, 224, 3), classes: int = 1000)
     """GoogLeNet: 57 convolutions and one dense layer, 7 million parameters.
 
     Szegedy et al., "Going Deeper with Convolutions" (arXiv 1409.4842): bias, no batch norm, true
-    5 x 5 convolutions. Left out are the auxiliary heads, which serve training only, and what has
-    no parameters and is not missed: local response normalisation, and dropout before the dense
-    layer (a step here is a function of its images, its labels and the parameters alone).
+    5 x 5 convolutions, and local response normalisation as in the authors' other networks. Left out
+    are the auxiliary heads, which serve training only.
     """
     parts: list[Definition] = [
         *_convolve("conv1", 64, 7, stride=2),
-        _halve(),
+        *(_halve(), LocalResponseNorm()),
         *_convolve("conv2_reduce", 64, 1),
         *_convolve("conv2", 192, 3),
-        _halve(),
+        *(LocalResponseNorm(), _halve()),
     ]
     for name, channels in _MODULES.items():
         parts.append(_inception(f"inception{name}", *channels))
         if name in _POOLED:
             parts.append(_halve())
-    parts += [GlobalAvgPool(), Dense(classes, initialiser="xavier")]
+    parts += [GlobalAvgPool(), Dropout(0.4), Dense(classes, initialiser="xavier")]
     return Network("googlenet", parts, input_shape, classes)
 
 

@@ -8,6 +8,7 @@ from dynacomm_async.nn import (
     Branches,
     Conv2d,
     Dense,
+    Dropout,
     GlobalAvgPool,
     MaxPool,
     Network,
@@ -24,9 +25,7 @@ def inception_v4(input_shape: tuple[int, ...] = (299, 299, 3), classes: int = 10
     """Inception-v4: 149 convolutions with batch norm and one dense layer, 42.7 million parameters.
 
     Szegedy, Ioffe, Vanhoucke and Alemi, "Inception-v4, Inception-ResNet and the Impact of Residual
-    Connections on Learning" (arXiv 1602.07261). Dropout before the dense layer is left out: it has
-    no parameters, and a step here is a function of its images, its labels and the parameters
-    alone. Images are at least 75 x 75.
+    Connections on Learning" (arXiv 1602.07261). Images are at least 75 x 75.
     """
     parts: list[Definition] = [
         *_stem(),
@@ -36,6 +35,7 @@ def inception_v4(input_shape: tuple[int, ...] = (299, 299, 3), classes: int = 10
         _reduction_b(),
         *(_module_c(f"c{number}") for number in range(1, 4)),
         GlobalAvgPool(),
+        Dropout(0.2),
         Dense(classes, initialiser="xavier"),
     ]
     return Network("inception_v4", parts, input_shape, classes)

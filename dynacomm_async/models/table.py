@@ -14,8 +14,9 @@ from dynacomm_async.models.googlenet import googlenet
 from dynacomm_async.models.inception_v4 import inception_v4
 from dynacomm_async.models.lenet import lenet, lenet_smooth
 from dynacomm_async.models.mlp import mlp
-from dynacomm_async.models.resnet import resnet20, resnet152
-from dynacomm_async.models.vgg import vgg19, vgg_small
+from dynacomm_async.models.mobilenet import mobilenet_v2
+from dynacomm_async.models.resnet import resnet18, resnet20, resnet50, resnet152
+from dynacomm_async.models.vgg import vgg11, vgg16, vgg19, vgg_small
 from dynacomm_async.nn import Network
 
 __all__ = ["MODELS", "ModelFunction", "build"]
@@ -29,8 +30,13 @@ MODELS: Mapping[str, ModelFunction] = {
     "lenet": lenet,
     "lenet_smooth": lenet_smooth,
     "mlp": mlp,
+    "mobilenet_v2": mobilenet_v2,
+    "resnet18": resnet18,
     "resnet20": resnet20,
+    "resnet50": resnet50,
     "resnet152": resnet152,
+    "vgg11": vgg11,
+    "vgg16": vgg16,
     "vgg19": vgg19,
     "vgg_small": vgg_small,
 }

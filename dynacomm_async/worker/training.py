@@ -94,13 +94,19 @@ def bind_engine(session: Session, network: Network, batch: int) -> Engine:
 
 
 def train(
-    session: Session, engine: Engine, batches: BatchSource, *, slowdown: float = 1.0
+    session: Session,
+    engine: Engine,
+    batches: BatchSource,
+    *,
+    slowdown: float = 1.0,
+    seed: int = 0,
 ) -> Iterator[TrainedStep]:
     """Train until the run ends; yield each step when it has been computed.
 
     Args:
         slowdown: every layer takes this many times as long as it computes, to imitate a slower
             device; the processor is idle for the rest. At least 1.
+        seed: of dropout, which follows from it, the step and this worker's slot.
 
     The caller may stop taking steps for a while, or for good. Between two steps it holds the run
     up, since the others wait for its gradients.
@@ -110,7 +116,8 @@ def train(
     """
     images, labels = batches(session.welcome.version)
     for step in session.steps():
-        engine.step(images, labels, _StepHooks(step, engine, slowdown))
+        draw = seed, step.index, session.welcome.slot
+        engine.step(images, labels, _StepHooks(step, engine, slowdown), draw=draw)
         # The next batch is made while this step's last gradients are on their way.
         if step.index + 1 < session.welcome.steps:
             images, labels = batches(step.index + 1)

@@ -45,7 +45,12 @@ def apply(node, inputs, parameters):
     if isinstance(layer, Conv2d):
         weights, bias = parameters if layer.bias else (*parameters, None)
         y = F.conv2d(
-            x, weights.permute(3, 2, 0, 1), bias, layer.steps, layer.border(), groups=layer.groups
+            x,
+            weights.permute(3, 2, 0, 1).contiguous(),
+            bias,
+            layer.steps,
+            layer.border(),
+            groups=layer.groups,
         )
     elif isinstance(layer, Dense):
         weights, *bias = parameters
