@@ -12,6 +12,7 @@ The branches say what the caller can do::
     ├── ChannelError                     the connection carries nothing any more
     │   ├── ChannelClosed                one side ended it in order
     │   └── ChannelBroken                it was lost in the middle: reconnecting may help
+    ├── CheckpointError                  a disk failed; training may go on: look at the disk
     └── PeerError                        the other side refused, and says why (``code``)
 
 Deadlines raise the built-in :class:`TimeoutError`.
@@ -23,6 +24,7 @@ __all__ = [
     "ChannelBroken",
     "ChannelClosed",
     "ChannelError",
+    "CheckpointError",
     "ConfigError",
     "DynaCommError",
     "LocalProtocolError",
@@ -72,6 +74,10 @@ class ChannelClosed(ChannelError):
 
 class ChannelBroken(ChannelError):
     """The connection was lost; a message under way may or may not have arrived whole."""
+
+
+class CheckpointError(DynaCommError):
+    """A checkpoint could not be written or read; checkpoints on disk are as they were before."""
 
 
 class PeerError(DynaCommError):

@@ -1,14 +1,19 @@
 """The parameter server: pure rounds and store, and the asyncio shell around them."""
 
+from dynacomm_async.server.checkpoint import Checkpoint, Checkpoints, CheckpointState, Saver
 from dynacomm_async.server.rounds import Rounds
 from dynacomm_async.server.server import ParameterServer, RunResult, StepRecord
 from dynacomm_async.server.store import LayerOptions, Store, Training, parameters_sha256
 
 __all__ = [
+    "Checkpoint",
+    "CheckpointState",
+    "Checkpoints",
     "LayerOptions",
     "ParameterServer",
     "Rounds",
     "RunResult",
+    "Saver",
     "StepRecord",
     "Store",
     "Training",
