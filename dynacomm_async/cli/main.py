@@ -17,6 +17,7 @@ _COMMANDS = {
     "demo": "train on this machine over an emulated slow link, and compare the strategies",
     "serve": "run the parameter server of a training run",
     "work": "run one worker of a training run",
+    "launch": "be the server or a worker of a job on a cluster, by rank",
     "train": "run a server and workers on this machine",
     "compare": "train under several strategies in turn and compare measured with predicted steps",
     "trace": "join what the processes of a run have recorded into one trace",

@@ -19,6 +19,7 @@ from dynacomm_async.cli.output import (
     say_if_diverged,
     step_notes,
 )
+from dynacomm_async.cli.place import fill_serve, own_place
 from dynacomm_async.cli.signals import run
 from dynacomm_async.cli.tracing import add_own_trace_argument, recorded
 from dynacomm_async.cli.workload import (
@@ -44,11 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``serve``."""
     add_run_arguments(parser)
     add_strategy_argument(parser)
+    parser.set_defaults(workers=None)  # for a cluster's launcher to say
     parser.add_argument(
         "--listen",
-        default=f"127.0.0.1:{DEFAULT_PORT}",
         metavar="HOST:PORT",
-        help="where workers connect; port 0 picks a free one (default: %(default)s)",
+        help="where workers connect; port 0 picks a free one "
+        f"(default: 127.0.0.1:{DEFAULT_PORT}, or what a cluster's launcher says)",
     )
     parser.add_argument(
         "--insecure",
@@ -71,6 +73,8 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(args: argparse.Namespace) -> int:
     """Run a server until its run has ended."""
+    if None in (args.workers, args.listen):
+        fill_serve(args, own_place())
     if args.save is not None:
         check_writable(args.save)
     with recorded(args.trace) as recorder:

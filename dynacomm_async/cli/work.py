@@ -11,6 +11,7 @@ from typing import Any
 
 from dynacomm_async.cli.links import slowdown
 from dynacomm_async.cli.output import Progress, emit, say, step_notes
+from dynacomm_async.cli.place import fill_work, own_place
 from dynacomm_async.cli.signals import interruptible
 from dynacomm_async.cli.tracing import add_own_trace_argument, recorded
 from dynacomm_async.cli.workload import Workload, load_workload, number
@@ -30,7 +31,9 @@ _EMIT_EVERY_S = 0.1
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``work``."""
     parser.add_argument(
-        "--server", required=True, metavar="HOST:PORT", help="everything else comes from there"
+        "--server",
+        metavar="HOST:PORT",
+        help="everything else comes from there (default: what a cluster's launcher says)",
     )
     parser.add_argument("--run", metavar="ID", help="refuse to join any other run")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where mnist or cifar10 lie")
@@ -57,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(args: argparse.Namespace) -> int:
     """Work until the run has ended."""
+    if args.server is None:
+        fill_work(args, own_place())
     with interruptible(), recorded(args.trace) as recorder:
         _work(args, recorder)
     return 0
