@@ -85,6 +85,13 @@ def explain_worker(report: WorkerReport, *, brief: bool = False) -> str:
     return "\n\n".join(sections)
 
 
+_DUPLEX = {
+    True: "Half duplex: both directions take turns, so a message takes about twice as long while "
+    "the\nother direction is busy, and steps keep a barrier between them.",
+    False: "Full duplex: a message takes no longer while the other direction is busy.",
+}
+
+
 def explain_link(costs: Costs, link: LinkObserved | None = None) -> str:
     """Return what a message costs each way, and what that is known from.
 
@@ -116,6 +123,9 @@ def explain_link(costs: Costs, link: LinkObserved | None = None) -> str:
             "These are GUESSES: the link is too fast or too uneven to be measured, so overhead\n"
             "and rate cannot be told apart. Predictions that rest on them mean little."
         )
+    half_duplex = costs.half_duplex or None if link is None else link.half_duplex
+    if half_duplex is not None:
+        lines.append(_DUPLEX[half_duplex])
     if costs.link_share > 1:
         lines.append(f"One link is shared by {costs.workers} workers: all times on it are theirs.")
     lines.append(f"The server takes {_ms(costs.server_ns)} to apply the gradients of a step.")

@@ -177,17 +177,20 @@ class LinkObserved:
         known: whether both rates and overheads can be told; if not, they are guesses.
         n_down: messages that the downlink's rate and overhead were fitted to, and older ones.
         n_up: likewise of the uplink.
+        half_duplex: whether both directions take turns on one medium; None while both have not
+            been busy at once for long enough to tell.
     """
 
     known: bool
     n_down: int
     n_up: int
+    half_duplex: bool | None = None
 
     @classmethod
     def by(cls, estimator: Estimator) -> LinkObserved:
         """Return what an estimator has come to know."""
         up, down = estimator.up, estimator.down
-        return cls(up.known and down.known, down.n_observed, up.n_observed)
+        return cls(up.known and down.known, down.n_observed, up.n_observed, estimator.duplex.half)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from dynacomm_async.schedule.costs import Costs
 from dynacomm_async.schedule.dispatch import Dispatcher, OrderedDispatcher, PriorityDispatcher
 from dynacomm_async.schedule.estimator import Estimator
 from dynacomm_async.schedule.layout import Layout
-from dynacomm_async.schedule.plan import AnyPlan, Plan, PolicyPlan, Segment
+from dynacomm_async.schedule.plan import AnyPlan, Plan, PolicyPlan, Segment, is_crossing
 from dynacomm_async.schedule.planners import find_planner
 from dynacomm_async.schedule.replan import Replan, describe_change, describe_estimate
 from dynacomm_async.schedule.robust import plan_robust, spread_of
@@ -226,6 +226,8 @@ def _promises(plan: AnyPlan, costs: Costs) -> int:
 
 
 def _is_worthwhile(fresh: AnyPlan, current: AnyPlan, costs: Costs) -> bool:
+    if costs.half_duplex and is_crossing(current):
+        return True  # what it promises supposes that both directions have room at once
     return 100 * _promises(fresh, costs) <= _WORTHWHILE_PERCENT * _promises(current, costs)
 
 

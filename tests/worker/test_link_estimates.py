@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from dynacomm_async.link import LinkProcess, LinkSettings
+from dynacomm_async.schedule import Plan
 from dynacomm_async.schedule.planners import PLANNERS
 from dynacomm_async.server import ParameterServer
 from dynacomm_async.worker import Session
@@ -35,6 +36,8 @@ def train(address, strategy, n_steps=None):
             if step.index + 1 == n_steps:
                 break
         estimator = session.estimator
+        if strategy == "joint":
+            return estimator.duplex.half, session.plans.plan_of(session.welcome.steps)
         return [
             (link.ns_per_byte, link.overhead_ns, link.changes)
             for link in (estimator.down, estimator.up)
@@ -76,3 +79,13 @@ async def test_a_link_that_becomes_slower_is_noticed_under_one_message_a_step():
 
     for ns_per_byte, _, _ in links:
         assert ns_per_byte == pytest.approx(4 * NS_PER_BYTE, rel=RATE_ERROR)
+
+
+@pytest.mark.slow
+async def test_a_medium_that_both_directions_share_is_found_out_and_then_steps_keep_a_barrier():
+    settings = LinkSettings(BYTES_PER_S, BYTES_PER_S, overhead_s=0.001, half_duplex=True)
+    half, last_plan = await run_over(settings, "joint", steps=60)
+
+    assert half is True
+    assert isinstance(last_plan, Plan)
+    assert last_plan.barrier

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from dynacomm_async.schedule import Costs, LayerCosts, evaluate, make_plan
+from dynacomm_async.schedule.plan import is_crossing
 from dynacomm_async.schedule.planners.dynacomm import plan_dynacomm
 from dynacomm_async.schedule.whatif import with_speed
 from dynacomm_async.worker.planning import WARMUP_STEPS
@@ -106,6 +107,19 @@ def test_between_searches_the_better_of_the_plan_found_and_dynacomms_is_followed
     at_once = plans.plan(WARMUP_STEPS + 1)
     plans.close()
     assert step_ns(at_once, told.now) <= step_ns(plan_dynacomm(told.now), told.now)
+
+
+def test_a_link_that_turns_out_to_be_half_duplex_gets_its_barrier_back():
+    plans, told = make()
+    for step in (WARMUP_STEPS, WARMUP_STEPS + 1):
+        plans.refresh()
+        plans.close()
+        crossing = plans.plan(step)
+    assert is_crossing(crossing)
+    told.now = replace(COSTS, half_duplex=True)
+    plans.refresh()
+    plans.close()
+    assert plans.plan(WARMUP_STEPS + 2) == replace(plan_dynacomm(COSTS), strategy="joint")
 
 
 def test_on_a_half_duplex_link_it_is_dynacomms_plan():
