@@ -70,6 +70,37 @@ def test_plain_numpy_code_trains_and_all_hold_the_same_parameters(options):
 
 
 @pytest.mark.slow
+@pytest.mark.peers
+@pytest.mark.parametrize(
+    ("name", "module"), [("embed_pytorch.py", "torch"), ("embed_jax.py", "jax")]
+)
+def test_another_framework_trains_and_all_hold_the_same_parameters(name, module):
+    pytest.importorskip(module, reason=f"{module} is not installed")
+    out = run_demo(name, "--steps=40")
+
+    assert "all hold the same parameters" in out
+    assert len(hashes(out)) == 3
+    assert len(set(hashes(out))) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "module"), [("embed_pytorch.py", "torch"), ("embed_jax.py", "jax")]
+)
+def test_without_its_framework_a_demo_says_so_and_ends_well(name, module, tmp_path):
+    (tmp_path / f"{module}.py").write_text("raise ImportError('not here')")
+    done = subprocess.run(
+        [sys.executable, str(DEMOS / name)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "is not installed: pip install" in done.stdout
+
+
+@pytest.mark.slow
 def test_one_machine_trains_the_same_under_two_strategies():
     options = ["--model=mlp", "--data=synthetic", "--steps=8", "--delay=0ms"]
     found = [
