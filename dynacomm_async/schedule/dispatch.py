@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from dynacomm_async.errors import PlanError
-from dynacomm_async.ranges import Range
+from dynacomm_async.ranges import Range, merge, subtract
 from dynacomm_async.schedule.layout import Layout
 
 __all__ = ["Dispatcher", "OrderedDispatcher", "Policy", "PriorityDispatcher"]
@@ -81,15 +81,21 @@ class OrderedDispatcher:
             Cells in no message are never sent.
         n_cells: how many cells there are; all ranges lie in 0 to ``n_cells``.
         barrier: hand out nothing before the cells of all messages are ready.
+        skip: cells that are at the other end already; no message holds them.
 
     Raises:
         PlanError: a message or range without cells, cells outside the model or in two messages.
     """
 
     def __init__(
-        self, messages: Sequence[tuple[Range, ...]], *, n_cells: int, barrier: bool = False
+        self,
+        messages: Sequence[tuple[Range, ...]],
+        *,
+        n_cells: int,
+        barrier: bool = False,
+        skip: Iterable[Range] = (),
     ) -> None:
-        self._messages = tuple(messages)
+        self._messages = _without(messages, merge(skip))
         self._barrier = barrier
         self._missing = [sum(part.count for part in message) for message in self._messages]
         self._n_missing = sum(self._missing)
@@ -141,9 +147,13 @@ class PriorityDispatcher:
     Args:
         policy: how large messages are, and when one is worth sending.
         layout: the cells of the layers; all of them are to be sent, each once.
+        skip: but these, which are at the other end already; whole layers where layers stay whole.
+
+    Raises:
+        PlanError: cells outside the model are to be skipped.
     """
 
-    def __init__(self, policy: Policy, layout: Layout) -> None:
+    def __init__(self, policy: Policy, layout: Layout, skip: Iterable[Range] = ()) -> None:
         self._policy = policy
         self._layout = layout
         self._ready = _Runs(layout.n_cells)
@@ -151,6 +161,11 @@ class PriorityDispatcher:
         self._waiting: list[tuple[int, int]] = []  # a heap of runs: first cell, and the one after
         self._waiting_nbytes = 0
         self._to_come_nbytes = layout.nbytes
+        for cells in skip:
+            for begin, end in self._ready.add(*cells):
+                self._to_come_nbytes -= layout.offset(end) - layout.offset(begin)
+                if policy.whole_layers:
+                    self._count_layers(begin, end)
 
     @property
     def done(self) -> bool:
@@ -229,21 +244,24 @@ class PriorityDispatcher:
 
     def _complete_layers(self, begin: int, end: int) -> None:
         """Enqueue the layers of which these cells were the last ones, neighbours as one run."""
+        firsts = self._layout.firsts
+        for first, stop in self._count_layers(begin, end):
+            self._enqueue(firsts[first], firsts[stop])
+
+    def _count_layers(self, begin: int, end: int) -> list[tuple[int, int]]:
+        """Count cells off; return the layers that this completes, as runs of neighbours."""
         firsts, missing = self._layout.firsts, self._missing
         layer = self._layout.layer_of(begin)
-        first = None  # of the layers that are complete
+        complete: list[tuple[int, int]] = []
         while begin < end:
             stop = min(end, firsts[layer + 1])
             missing[layer] -= stop - begin
-            if not missing[layer] and first is None:
-                first = layer
-            elif missing[layer] and first is not None:
-                self._enqueue(firsts[first], firsts[layer])
-                first = None
+            if not missing[layer]:
+                first = complete.pop()[0] if complete and complete[-1][1] == layer else layer
+                complete.append((first, layer + 1))
             begin = stop
             layer += 1
-        if first is not None:
-            self._enqueue(firsts[first], firsts[layer])
+        return complete
 
 
 class _Runs:
@@ -284,6 +302,18 @@ class _Runs:
         begins[low:high] = [begin]
         ends[low:high] = [end]
         return gaps
+
+
+def _without(
+    messages: Sequence[tuple[Range, ...]], skip: Sequence[Range]
+) -> tuple[tuple[Range, ...], ...]:
+    """Return the messages that are left when some cells need not be sent."""
+    if not skip:
+        return tuple(messages)
+    rest = (
+        tuple(part for cells in message for part in subtract(cells, skip)) for message in messages
+    )
+    return tuple(message for message in rest if message)
 
 
 def _sort_parts(messages: Sequence[tuple[Range, ...]], n_cells: int) -> list[tuple[int, int, int]]:

@@ -7,6 +7,7 @@ fed by a fake clock it is the simulator, and its makespan is what
     parameters arrive  --RangeArrived-->                 --Compute(FORWARD, layer)-->  compute
     a gradient exists  --LayerComputed-->  StepMachine   --Compute(BACKWARD, layer)--> compute
     the uplink is free --LinkFree------->                --Send(ranges)-------------->  uplink
+    the uplink is new  --Resumed-------->                --Send(ranges)-------------->  uplink
 
 Compute instructions are to be carried out one after the other, in the order given.
 """
@@ -30,6 +31,7 @@ __all__ = [
     "LinkFree",
     "Phase",
     "RangeArrived",
+    "Resumed",
     "Send",
     "StepMachine",
 ]
@@ -62,6 +64,19 @@ class LinkFree:
 
 
 @dataclass(frozen=True, slots=True)
+class Resumed:
+    """The connection is a new one: what the other end has not got leaves again.
+
+    Attributes:
+        uplink: the rule by which it leaves; it has handed nothing out yet.
+        statistics: cells that travel with the first message, where they have not arrived.
+    """
+
+    uplink: Dispatcher
+    statistics: Range | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Compute:
     """The layer may be computed, once the instructions before this one are done."""
 
@@ -71,13 +86,13 @@ class Compute:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send these gradients as one message; ``first`` marks the step's first one."""
+    """Send these gradients as one message; ``first`` marks a step's first one on a connection."""
 
     cells: tuple[Range, ...]
     first: bool
 
 
-Event: TypeAlias = RangeArrived | LayerComputed | LinkFree
+Event: TypeAlias = RangeArrived | LayerComputed | LinkFree | Resumed
 Instruction: TypeAlias = Compute | Send
 
 
@@ -125,6 +140,8 @@ class StepMachine:
             return self._arrive(event.cells)
         if isinstance(event, LayerComputed):
             self._compute(event.layer)
+        elif isinstance(event, Resumed):
+            self._resume(event)
         else:
             self._link_free = True
         return self._send()
@@ -155,6 +172,14 @@ class StepMachine:
             raise LocalProtocolError(f"the gradient of layer {layer} is there twice")
         self._computed[layer] = True
         self._uplink.ready(*self._layers[layer])
+
+    def _resume(self, event: Resumed) -> None:
+        self._uplink, self._statistics = event.uplink, event.statistics
+        for layer, computed in enumerate(self._computed):
+            if computed:
+                self._uplink.ready(*self._layers[layer])
+        self._link_free = True
+        self._sent_any = False
 
     def _send(self) -> list[Instruction]:
         if not self._link_free:

@@ -315,3 +315,42 @@ def test_a_layer_of_many_cells_costs_a_policy_nothing() -> None:
         assert dispatcher.next() == (Range(10 * n_messages, 10),)
         n_messages += 1
     assert n_messages == 2500
+
+
+# -- what the other end has already ----------------------------------------------------------------
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_cells_that_are_skipped_are_never_sent_and_all_others_are_once(data: st.DataObject) -> None:
+    sizes = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=5))
+    layout = Layout(sizes, cell_nbytes=2)
+    cells = list(range(layout.n_cells))
+    whole = data.draw(st.booleans())
+    if whole:
+        layers = data.draw(st.sets(st.integers(0, layout.n_layers - 1)))
+        skipped = {cell for cell in cells if layout.layer_of(cell) in layers}
+    else:
+        skipped = data.draw(st.sets(st.sampled_from(cells)))
+    skip = [Range(cell, 1) for cell in skipped]
+    kind = data.draw(st.sampled_from(["policy", "ordered", "barrier"]))
+    dispatcher: OrderedDispatcher | PriorityDispatcher
+    if kind == "policy":
+        cap = data.draw(st.none() | st.integers(1, 12))
+        policy = Policy(cap, data.draw(st.integers(0, 12)), whole)
+        dispatcher = PriorityDispatcher(policy, layout, skip)
+    else:
+        cut = data.draw(st.integers(1, layout.n_cells))
+        messages = [(Range(0, cut),), (Range(cut, layout.n_cells - cut),)]
+        messages = [message for message in messages if message[0].count]
+        dispatcher = OrderedDispatcher(
+            messages, n_cells=layout.n_cells, barrier=kind == "barrier", skip=skip
+        )
+    sent: list[int] = []
+    for cell in data.draw(st.permutations(cells)):
+        assert dispatcher.done == (len(sent) == len(cells) - len(skipped))
+        dispatcher.ready(cell, 1)
+        while (message := dispatcher.next()) is not None:
+            sent += [one for first, count in message for one in range(first, first + count)]
+    assert sorted(sent) == [cell for cell in cells if cell not in skipped]
+    assert dispatcher.done

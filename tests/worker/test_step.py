@@ -17,12 +17,18 @@ from dynacomm_async.worker.step import (
     LinkFree,
     Phase,
     RangeArrived,
+    Resumed,
     Send,
     StepMachine,
 )
 
 LAYERS = [Range(0, 2), Range(2, 1), Range(3, 3)]
 LAYERWISE = [(cells,) for cells in reversed(LAYERS)]
+FRONT = (Range(0, 3),)
+
+
+def cells_of(ranges):
+    return [cell for first, count in ranges for cell in range(first, first + count)]
 
 
 def computes(instructions, phase):
@@ -167,3 +173,34 @@ def test_a_gradient_twice_is_an_error():
 def test_gradient_messages_that_overlap_or_leave_the_model_are_refused(push):
     with pytest.raises(PlanError):
         StepMachine(LAYERS, OrderedDispatcher(push, n_cells=6))
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_after_any_number_of_breaks_each_cell_has_arrived_just_once(data):
+    statistics = Range(6, 2)
+    messages = data.draw(st.sampled_from([LAYERWISE, [(Range(0, 6),)], [(Range(3, 3),), FRONT]]))
+    machine, arrived, outbox = pulled_machine(messages, statistics), [], []
+    gradients = list(reversed(range(3)))
+
+    def take(instructions):
+        outbox.extend(i for i in instructions if isinstance(i, Send))
+
+    while gradients or outbox:
+        what = data.draw(st.sampled_from(["gradient", "message", "break"]))
+        if what == "gradient" and gradients:
+            take(machine.handle(LayerComputed(gradients.pop(0))))
+        elif what == "message" and outbox:
+            arrived += cells_of(outbox.pop(0).cells)
+            take(machine.handle(LinkFree()))
+        elif what == "break":
+            if outbox and data.draw(st.booleans()):  # it had arrived, and nobody here knew
+                arrived += cells_of(outbox[0].cells)
+            outbox.clear()
+            there = [Range(cell, 1) for cell in arrived]
+            rest = statistics if statistics.first not in arrived else None
+            skip = [cells for cells in there if cells.first < 6]
+            uplink = OrderedDispatcher(messages, n_cells=6, skip=skip)
+            take(machine.handle(Resumed(uplink, rest)))
+    assert sorted(arrived) == list(range(8))
+    assert machine.pushed
