@@ -311,7 +311,7 @@ def _write(path: Path, about: Mapping[str, Any], vectors: Sequence[Vector]) -> N
     records = {}
     for vector in vectors:
         values = np.ascontiguousarray(vector.values, dtype=vector.dtype)
-        parts = [encode_header(vector), memoryview(values.view(np.uint8))]
+        parts: list[bytes | memoryview] = [encode_header(vector), values.view(np.uint8).data]
         name = f"{vector.stem}.safetensors"
         record = files.write_file(path / name, parts)
         records[name] = {"nbytes": record.nbytes, "sha256": record.sha256}
