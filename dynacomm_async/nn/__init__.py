@@ -9,6 +9,7 @@ from __future__ import annotations
 from dynacomm_async.nn.engine import MOMENTUM, Engine
 from dynacomm_async.nn.graph import Definition
 from dynacomm_async.nn.hooks import Hooks
+from dynacomm_async.nn.interchange import from_tensors, to_tensors
 from dynacomm_async.nn.layers import (
     Add,
     AvgPool,
@@ -52,4 +53,6 @@ __all__ = [
     "ReLU",
     "Residual",
     "Tanh",
+    "from_tensors",
+    "to_tensors",
 ]
