@@ -103,6 +103,7 @@ class DuplexEstimator:
                 "expected no negative time and a part of the time that it took"
             )
         if shared_ns:
-            # One message that something else held up must not outweigh all others.
-            excess_ns = min(elapsed_ns - expected_ns, shared_ns)
+            # Where directions take turns a message takes twice as long at most. What takes longer
+            # was held up by something else, and must not outweigh all others.
+            excess_ns = min(elapsed_ns - expected_ns, expected_ns, shared_ns)
             self._shared.append((excess_ns, shared_ns))

@@ -379,15 +379,19 @@ class Estimator:
         """Add what one message of parameters took; see :meth:`LinkEstimator.observe`.
 
         What came while the uplink was busy tells of the downlink's rate only if the two do not
-        take turns.
+        take turns. Whether they do is found out anew when that rate has changed: what came before
+        that was noticed was late for no fault of the uplink.
 
         Args:
             shared_ns: for how long of ``elapsed_ns`` the uplink was busy.
         """
+        changes = self.down.changes
         if shared_ns and self.down.known:
             self.duplex.observe(self.down.expect_ns(nbytes, messages), elapsed_ns, shared_ns)
         if not shared_ns or self.duplex.half is False:
             self.down.observe(nbytes, elapsed_ns, messages)
+        if self.down.changes != changes:
+            self.duplex = DuplexEstimator()
 
     def observe_pushes(
         self, arrivals: Iterable[tuple[int, int, int]], *, crossing: bool = False

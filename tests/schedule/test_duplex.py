@@ -8,6 +8,7 @@ import pytest
 
 from dynacomm_async.errors import PlanError
 from dynacomm_async.schedule.duplex import BusyTimes, DuplexEstimator
+from dynacomm_async.schedule.estimator import Estimator
 
 MS = 10**6
 
@@ -64,6 +65,35 @@ def test_one_message_that_was_held_up_does_not_decide() -> None:
         estimator.observe(10 * MS, 10 * MS, 10 * MS)
     estimator.observe(10 * MS, 900 * MS, 10 * MS)
     assert estimator.half is False
+    estimator.observe(10 * MS, 900 * MS, 900 * MS)
+    assert estimator.half is False
+
+
+def pull_over(estimator: Estimator, n: int, ns_per_byte: float, *, half: bool, alone: bool) -> None:
+    """Pull messages of four sizes, 1 ms each beside their bytes.
+
+    The uplink is busy all the time but where they are alone, or a barrier is kept.
+    """
+    for index in range(n):
+        nbytes = (200_000, 150_000, 90_000, 30_000)[index % 4]
+        shared = not alone and estimator.duplex.half is not True
+        elapsed_ns = round(MS + nbytes * ns_per_byte) * (2 if half and shared else 1)
+        elapsed_ns += 50_000 * (index % 3)
+        estimator.observe_pull(nbytes, elapsed_ns, 1, shared_ns=elapsed_ns if shared else 0)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("before", [4, 12, 70])
+@pytest.mark.parametrize("slower", [0.25, 2, 3, 10, 50])
+def test_a_link_that_becomes_slower_or_faster_is_not_taken_for_another_kind(
+    slower: float, before: int, half: bool
+) -> None:
+    estimator = Estimator([("a", 10**6)])
+    pull_over(estimator, 12, 80, half=half, alone=True)
+    pull_over(estimator, before, 80, half=half, alone=False)
+    pull_over(estimator, 60, 80 * slower, half=half, alone=False)
+    assert estimator.duplex.half is half
+    assert estimator.down.ns_per_byte == pytest.approx(80 * slower, rel=0.1)
 
 
 @pytest.mark.parametrize("times", [(-1, 1, 0), (1, -1, 0), (1, 1, -1), (1, 1, 2)])
