@@ -3,7 +3,13 @@
 from dynacomm_async.server.checkpoint import Checkpoint, Checkpoints, CheckpointState, Saver
 from dynacomm_async.server.rounds import Rounds
 from dynacomm_async.server.server import ParameterServer, RunResult, StepRecord
-from dynacomm_async.server.store import LayerOptions, Store, Training, parameters_sha256
+from dynacomm_async.server.store import (
+    LayerOptions,
+    Store,
+    Training,
+    is_sound,
+    parameters_sha256,
+)
 
 __all__ = [
     "Checkpoint",
@@ -17,5 +23,6 @@ __all__ = [
     "StepRecord",
     "Store",
     "Training",
+    "is_sound",
     "parameters_sha256",
 ]

@@ -8,7 +8,7 @@ the result has the same bits however cells are grouped and in whatever order the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,9 +19,13 @@ from dynacomm_async.optim import SGD, Constant, Schedule, UpdateRule
 from dynacomm_async.ranges import Range
 from dynacomm_async.wire.grid import Grid
 
-__all__ = ["LayerOptions", "Store", "Training", "parameters_sha256"]
+__all__ = ["LayerOptions", "Store", "Training", "is_sound", "parameters_sha256"]
 
 Floats = NDArray[np.float32]
+
+_CHECK_FLOATS = 1 << 18
+"""Floats (1 MiB) that :func:`is_sound` looks at together. Smaller pieces cost more for their calls
+than they gain by staying in the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,11 @@ class Training:
         weight_decay: on each layer's leading ``decay`` parameters.
         layers: options by layer name.
         statistics_momentum: how far running statistics move towards those of a batch.
+        max_gradient: the largest magnitude that a value of a contribution may have; infinity
+            allows everything that is finite. See :meth:`Store.is_sound`.
+
+    Raises:
+        ConfigError: ``max_gradient`` is not above 0.
     """
 
     rule: UpdateRule
@@ -54,6 +63,11 @@ class Training:
     weight_decay: float = 0.0
     layers: Mapping[str, LayerOptions] | None = None
     statistics_momentum: float = 0.1
+    max_gradient: float = 1e9
+
+    def __post_init__(self) -> None:
+        if not self.max_gradient > 0:
+            raise ConfigError(f"the largest gradient is {self.max_gradient}, expected above 0")
 
     @classmethod
     def plain(cls, rate: float = 0.01) -> Training:
@@ -123,6 +137,17 @@ class Store:
         if statistics is not None:
             _fill(self.statistics, statistics, "initial statistics")
 
+    def is_sound(self, slot: int, ranges: Iterable[Range]) -> bool:
+        """Return whether cells of a contribution are free of poison: NaN, infinite or huge values.
+
+        Call it before :meth:`apply`, which uses contributions up. See :func:`is_sound`.
+        """
+        contribution = self.contributions[slot]
+        return all(
+            is_sound(contribution[start:stop], self.training.max_gradient)
+            for start, stop in (self.grid.floats(*cells) for cells in ranges)
+        )
+
     def apply(self, cells: Range, step: int) -> None:
         """Join the contributions to complete cells and update the cells with them.
 
@@ -170,6 +195,27 @@ class Store:
 def parameters_sha256(parameters: Floats) -> str:
     """Return the hash of the parameters' bytes (float32, little endian, forward order)."""
     return hashlib.sha256(np.ascontiguousarray(parameters, dtype="<f4").tobytes()).hexdigest()
+
+
+def is_sound(values: Floats, limit: float) -> bool:
+    """Return whether every value is finite and at most ``limit`` in magnitude.
+
+    Reads ``values``, (n,) float32, once and in place; about 20 us per mebibyte. The sum of squares
+    is the cheapest pass over memory there is, and NaN and infinity show in it. Only if it is too
+    large for every value to be below the limit does a slower pass decide.
+    """
+    limit = min(limit, float(np.finfo(np.float32).max))
+    # A rounded sum of squares is never below its largest rounded term; the margin is for that.
+    # Squares of tiny values vanish: below such a limit they say nothing.
+    certain = 0.999 * limit * limit if limit > 1e-15 else -1.0
+    with np.errstate(all="ignore"):
+        for start in range(0, values.size, _CHECK_FLOATS):
+            piece = values[start : start + _CHECK_FLOATS]
+            if not float(np.dot(piece, piece)) <= certain and not (
+                float(piece.max()) <= limit and float(piece.min()) >= -limit
+            ):
+                return False
+    return True
 
 
 def _spans(grid: Grid, training: Training) -> list[_Span]:
