@@ -329,7 +329,7 @@ class ParameterServer:
         if gradients.report is not None:
             self._reports[member.slot] = (gradients.report.loss, gradients.report.images)
         self._last_push_ns[member.slot] = now_ns
-        complete = self._rounds.push(member.slot, gradients.ranges)
+        complete = self._rounds.push(member.slot, gradients.step, gradients.ranges)
         if complete:
             self._all_pushed_ns = now_ns
             self._complete.extend(_statistics_first(complete, self._grid.n_parameter_cells))

@@ -76,7 +76,7 @@ def test_any_order_of_workers_and_ranges_completes_what_all_have_pushed_and_ends
         waiting, ends = [], 0
         for slot, message in data.draw(st.permutations(due)):
             rounds.check(slot, step, message)
-            complete = rounds.push(slot, message)
+            complete = rounds.push(slot, step, message)
             assert all(count > 0 for _, count in complete)
             assert cells_of(complete) == model.push(slot, message)
             assert sum(count for _, count in complete) == len(cells_of(complete))
@@ -107,7 +107,7 @@ def test_a_push_is_refused_exactly_when_the_model_refuses_it(data):
         message = data.draw(ranges)
         if model.allows(slot, step, message):
             rounds.check(slot, step, message)
-            for cells in rounds.push(slot, message):
+            for cells in rounds.push(slot, step, message):
                 rounds.apply(cells)
                 model.applied |= cells_of([cells])
             model.push(slot, message)
@@ -144,7 +144,7 @@ def test_cells_out_of_range_or_out_of_order_or_twice_in_a_message_are_refused(ra
 
 def test_a_cell_that_was_pushed_before_is_refused_from_the_same_worker_only():
     rounds = Rounds(4, 2)
-    rounds.push(0, [Range(1, 2)])
+    rounds.push(0, 0, [Range(1, 2)])
 
     rounds.check(1, 0, [Range(0, 4)])
     with pytest.raises(RemoteProtocolError, match="cells 2 to 3 of step 0 were pushed before"):
@@ -156,5 +156,5 @@ def test_a_refused_push_changes_nothing():
     with pytest.raises(RemoteProtocolError):
         rounds.check(0, 0, [Range(0, 2), Range(1, 3)])
 
-    assert rounds.push(0, [Range(0, 4)]) == [Range(0, 4)]
+    assert rounds.push(0, 0, [Range(0, 4)]) == [Range(0, 4)]
     assert rounds.apply(Range(0, 4))
