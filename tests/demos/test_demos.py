@@ -71,6 +71,17 @@ def test_plain_numpy_code_trains_and_all_hold_the_same_parameters(options):
 
 @pytest.mark.slow
 @pytest.mark.peers
+def test_the_adapter_benchmark_measures_both_sides():
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    found = json.loads(run_demo("benchmarks/adapter.py", "--quick", "--json"))
+
+    assert found["steps"] == 12
+    assert 0 < found["plain_without_optimizer_s"] <= found["plain_thread_s"]
+    assert min(found["thread_s"], found["io_s"], found["clock_s"]) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.peers
 @pytest.mark.parametrize(
     ("name", "module"), [("embed_pytorch.py", "torch"), ("embed_jax.py", "jax")]
 )
