@@ -13,7 +13,7 @@ The step of such lists follows from prefix sums alone. It is what
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import TypeAlias
 
@@ -30,16 +30,22 @@ _MOST_PARTS = 5
 _MOST_WORK = 300_000
 """Pairs of messages that are looked at before the search ends: some fifty milliseconds."""
 
+_WORK_AT_ONCE = 5_000
+"""The same before it pauses: about a millisecond."""
 
-def search_segments(costs: Costs, plans: Iterable[Plan] = ()) -> tuple[Plan, int]:
+
+def search_segments(
+    costs: Costs, plans: Iterable[Plan] = (), pause: Callable[[], object] = lambda: None
+) -> tuple[Plan, int]:
     """Return the best plan without a barrier that was found, named joint, and its step in ns.
 
     Args:
         costs: of the step.
         plans: where to begin; messages of equal sizes are tried after them. Their barriers do not
             count.
+        pause: called about once in a millisecond of work.
     """
-    search = _Search(costs)
+    search = _Search(costs, pause)
     n_layers = len(costs.layers)
     starts = [(_order_of(plan.push), _order_of(plan.pull)) for plan in plans]
     for n_parts in range(1, min(_MOST_PARTS, n_layers) + 1):
@@ -54,7 +60,9 @@ def search_segments(costs: Costs, plans: Iterable[Plan] = ()) -> tuple[Plan, int
 
 
 class _Search:
-    def __init__(self, costs: Costs) -> None:
+    def __init__(self, costs: Costs, pause: Callable[[], object]) -> None:
+        self._pause = pause
+        self._pause_at = _MOST_WORK - _WORK_AT_ONCE
         layers, share = costs.layers, costs.link_share
         backward_ns = list(accumulate([layer.backward_ns for layer in reversed(layers)]))
         forward_ns = list(accumulate([layer.forward_ns for layer in reversed(layers)]))
@@ -83,6 +91,9 @@ class _Search:
 
     def _step_ns(self, push: _Order, pull: _Order) -> int:
         self._work_left -= 8 + len(push) * len(pull)
+        if self._work_left < self._pause_at:
+            self._pause_at = self._work_left - _WORK_AT_ONCE
+            self._pause()
         now_ns = 0
         applied = []
         for first, end in push:

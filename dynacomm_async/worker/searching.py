@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from functools import partial
+from time import sleep
 from typing import NamedTuple
 
 from dynacomm_async.schedule.costs import Costs
 from dynacomm_async.schedule.estimator import Estimator
 from dynacomm_async.schedule.plan import AnyPlan
-from dynacomm_async.schedule.planners import find_planner, plan_dynacomm
-from dynacomm_async.schedule.planners.joint import keep_joint
+from dynacomm_async.schedule.planners import keep_joint, plan_dynacomm, plan_joint
 from dynacomm_async.schedule.timeline import evaluate, lower_bound_ns
 from dynacomm_async.worker.planning import AdaptivePlans
 
@@ -35,7 +36,7 @@ class SearchedPlans(AdaptivePlans):
 
     def __init__(self, estimator: Estimator, n_layers: int, *, workers: int = 1) -> None:
         super().__init__("joint", estimator, n_layers, robust=False, workers=workers)
-        self._search = find_planner("joint")
+        self._search = partial(plan_joint, pause=_give_way)
         # Written by the searching thread, read by the event loop's: one assignment each.
         self._found: _Found | None = None
         self._thread: threading.Thread | None = None
@@ -62,6 +63,14 @@ class SearchedPlans(AdaptivePlans):
 
         self._thread = threading.Thread(target=search, name="plan search", daemon=True)
         self._thread.start()
+
+
+def _give_way() -> None:
+    """Let the interpreter go for a moment: whoever waits for it would be kept for 5 ms, every time.
+
+    Sending, receiving and computing all wait for it, and a search takes a tenth of a second.
+    """
+    sleep(20e-6)
 
 
 class _Found(NamedTuple):

@@ -12,6 +12,7 @@ from dynacomm_async.schedule import Costs, LayerCosts, evaluate, make_plan
 from dynacomm_async.schedule.plan import is_crossing
 from dynacomm_async.schedule.planners.dynacomm import plan_dynacomm
 from dynacomm_async.schedule.whatif import with_speed
+from dynacomm_async.worker import searching
 from dynacomm_async.worker.planning import WARMUP_STEPS
 from dynacomm_async.worker.searching import SearchedPlans
 
@@ -76,6 +77,16 @@ def test_no_second_search_begins_while_the_costs_stay_or_one_is_under_way(monkey
         plans.refresh()
     plans.close()
     assert searches == [COSTS]
+
+
+def test_a_search_lets_go_of_the_interpreter_again_and_again(monkeypatch):
+    turns = []
+    monkeypatch.setattr(searching, "_give_way", lambda: turns.append(threading.current_thread()))
+    plans, _ = make()
+    plans.refresh()
+    plans.close()
+    assert len(turns) >= 20
+    assert {turn.name for turn in turns} == {"plan search"}
 
 
 @pytest.mark.parametrize("speed", [0.2, 5])

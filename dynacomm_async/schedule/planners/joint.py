@@ -22,7 +22,7 @@ lower bound is all but reached. Everything is in integers: equal tables give equ
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import isqrt
 from typing import NamedTuple
@@ -74,16 +74,19 @@ _MOST_WORK = 8_000
 """Messages that are simulated before the search ends; that many take a tenth of a second."""
 
 
-def plan_joint(costs: Costs) -> AnyPlan:
+def plan_joint(costs: Costs, pause: Callable[[], object] = lambda: None) -> AnyPlan:
     """Return the best plan found, with or without a barrier between steps.
 
     On a half-duplex link nothing is gained by using both directions at once: DynaComm's plan.
     Some hundred simulations, most of them cut short, O(K log K) each for K messages: tens of
     milliseconds for networks of a hundred layers.
+
+    Args:
+        pause: called about once in a millisecond of work, to let other threads have their turn.
     """
     if costs.half_duplex:
         return replace(plan_dynacomm(costs), strategy="joint")
-    search = _Search(costs)
+    search = _Search(costs, pause)
     search.run()
     search.name_messages(costs)
     if costs.workers > 1:
@@ -120,7 +123,8 @@ class _Setting(NamedTuple):
 class _Search:
     """The best plan so far, and the ways to look for a better one."""
 
-    def __init__(self, costs: Costs) -> None:
+    def __init__(self, costs: Costs, pause: Callable[[], object]) -> None:
+        self._pause = pause
         self._crossing = Crossing(costs)
         self._bound_ns = lower_bound_ns(costs).step_ns
         self._n_layers = len(costs.layers)
@@ -166,7 +170,7 @@ class _Search:
         if max(len(pushed), len(pulled)) <= _MOST_NAMED:
             pull, push = self._crossing.whole_layers(pulled), self._crossing.whole_layers(pushed)
             starts.insert(0, Plan("joint", self._n_layers, pull, push, barrier=False))
-        plan, step_ns = search_segments(costs, starts)
+        plan, step_ns = search_segments(costs, starts, self._pause)
         if 1000 * step_ns < _CLEARLY_BETTER_PER_MILLE * self.step_ns:
             self.plan, self.step_ns = plan, step_ns
 
@@ -245,6 +249,7 @@ class _Search:
             return self._steps_ns[setting]
         if self._is_within(_CLOSE_PER_MILLE) or self._crossing.n_simulated >= _MOST_WORK:
             return None
+        self._pause()
         push = Policy(setting.push_cap, setting.push_threshold, setting.whole_layers)
         pull = Policy(setting.pull_cap, setting.pull_threshold, setting.whole_layers)
         limit_ns = self.step_ns * _PROMISING_PERCENT // 100

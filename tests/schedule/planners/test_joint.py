@@ -94,6 +94,13 @@ def test_small_instances_are_on_average_within_half_a_percent_of_the_best_of_all
     assert statistics.fmean(ratios) <= 1.005
 
 
+def test_a_search_pauses_often_and_finds_the_same() -> None:
+    for seed in range(4):
+        costs, pauses = make_network(seed), iter(range(10**6))
+        assert plan_joint(costs, pause=pauses.__next__) == plan_joint(costs)
+        assert next(pauses) >= 20, seed
+
+
 def test_where_nothing_is_to_gain_dynacomms_plan_and_its_barrier_are_kept() -> None:
     layers = tuple(LayerCosts(f"{i}", 1000, 1, 10**6, 10**6, 1) for i in range(5))
     costs = Costs(layers, 10, 10)
