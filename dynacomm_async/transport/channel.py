@@ -49,6 +49,11 @@ class Channel(Protocol):
         """Who is at the other end, for people."""
         ...
 
+    @property
+    def received_nbytes(self) -> int:
+        """How much has come in so far, also of messages that are not whole yet."""
+        ...
+
     async def send(
         self,
         message: Message,
@@ -94,6 +99,18 @@ class Channel(Protocol):
         """End the channel after what has been sent, wait until it is over. Idempotent."""
         ...
 
-    def abort(self) -> None:
-        """End the channel now; unsent bytes are dropped. Idempotent."""
+    def limit_silence(self, limit_s: float) -> None:
+        """Have the system give up a peer that acknowledges nothing for so long.
+
+        The system sees only whether the peer's system is there; see
+        :class:`~dynacomm_async.transport.pulse.Pulse` for the peer itself.
+        """
+        ...
+
+    def abort(self, error: DynaCommError | None = None) -> None:
+        """End the channel now; unsent bytes are dropped. Idempotent.
+
+        Args:
+            error: why, for :meth:`Handler.lost`; by default it was closed.
+        """
         ...

@@ -38,6 +38,7 @@ class MemoryChannel:
         self._lock = asyncio.Lock()
         self._inbox: deque[memoryview | None] = deque()  # None is the end of the stream
         self._error: DynaCommError | None = None
+        self.received_nbytes = 0
 
     async def send(
         self, message: Message, payload: Sequence[memoryview] = (), *, back_to_back: bool = False
@@ -67,6 +68,9 @@ class MemoryChannel:
     def limit_ahead(self, nbytes: int | None) -> None:
         """Nothing to limit: it holds one piece."""
 
+    def limit_silence(self, limit_s: float) -> None:
+        """No system lies between the two ends."""
+
     def turn_deaf(self) -> None:
         """See :meth:`dynacomm_async.transport.channel.Channel.turn_deaf`."""
         self._connection.turn_deaf()
@@ -76,9 +80,9 @@ class MemoryChannel:
         self.abort()
         await asyncio.sleep(0)
 
-    def abort(self) -> None:
+    def abort(self, error: DynaCommError | None = None) -> None:
         """See :meth:`dynacomm_async.transport.channel.Channel.abort`."""
-        self._end(ChannelClosed(f"the connection to {self.peer} was closed"))
+        self._end(error or ChannelClosed(f"the connection to {self.peer} was closed"))
 
     def _post(self, piece: memoryview | None) -> None:
         other = self._other
@@ -106,6 +110,7 @@ class MemoryChannel:
             n = min(len(buffer), len(piece))
             buffer[:n] = piece[:n]
             piece = piece[n:]
+            self.received_nbytes += n
             self._connection.buffer_updated(n, monotonic_ns())
             while self._error is None and (received := self._connection.next_message()):
                 self._handler.handle(received)

@@ -70,7 +70,7 @@ class RecordedChannel:
         self._channel = channel
         self._log = _Log(channel, recorder)
         self.turn_deaf: Callable[[], None] = channel.turn_deaf
-        self.abort: Callable[[], None] = channel.abort
+        self.limit_silence: Callable[[float], None] = channel.limit_silence
 
     @property
     def peer(self) -> str:
@@ -88,6 +88,15 @@ class RecordedChannel:
     def limit_ahead(self, nbytes: int | None) -> None:
         """See :meth:`dynacomm_async.transport.channel.Channel.limit_ahead`."""
         self._channel.limit_ahead(nbytes)
+
+    @property
+    def received_nbytes(self) -> int:
+        """See :meth:`dynacomm_async.transport.channel.Channel.received_nbytes`."""
+        return self._channel.received_nbytes
+
+    def abort(self, error: DynaCommError | None = None) -> None:
+        """See :meth:`dynacomm_async.transport.channel.Channel.abort`."""
+        self._channel.abort(error)
 
     async def close(self) -> None:
         """See :meth:`dynacomm_async.transport.channel.Channel.close`."""

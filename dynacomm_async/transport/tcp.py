@@ -21,6 +21,7 @@ import contextlib
 import os
 import socket
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -35,6 +36,14 @@ from dynacomm_async.transport.channel import Handler
 from dynacomm_async.wire.connection import Connection
 from dynacomm_async.wire.messages import Message
 from dynacomm_async.wire.states import Role
+
+try:
+    import fcntl
+    import termios
+except ImportError:  # Windows; a gulp under way is not seen there before it is whole
+    _FIONREAD = 0
+else:
+    _FIONREAD = termios.FIONREAD
 
 __all__ = ["TcpChannel", "TcpListener", "connect", "listen"]
 
@@ -60,8 +69,8 @@ for every few packets.
 _TIMED_NBYTES = 256 * 1024
 """Payloads from this size on tell how fast the link is."""
 
-SILENCE_S = 30
-"""How long a peer may acknowledge nothing before its connection counts as lost."""
+SILENCE_S = 30.0
+"""How long a peer may acknowledge nothing before its connection counts as lost, by default."""
 
 PIECE_NBYTES = 1024 * 1024
 """Payloads are handed to the loop in pieces of this size: the longest that one write may take."""
@@ -97,6 +106,7 @@ class TcpChannel(asyncio.BufferedProtocol):
         self._ahead_nbytes: int | None = None
         self._high_water_nbytes = HIGH_WATER_NBYTES
         self._gulp_nbytes = 1
+        self._received_nbytes = 0
         self._queued = 0  # sends that wait for their turn, or are in the middle of a large message
         self.peer = "nobody yet"
 
@@ -114,7 +124,7 @@ class TcpChannel(asyncio.BufferedProtocol):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket = sock
         self._limit_notsent(LEAST_NOTSENT_NBYTES)
-        _notice_vanished_peers(sock)
+        self.limit_silence(SILENCE_S)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Lend out the memory that the next bytes belong into."""
@@ -123,6 +133,7 @@ class TcpChannel(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         """Take in received bytes and hand complete messages on."""
         connection = self._connection
+        self._received_nbytes += nbytes
         connection.buffer_updated(nbytes, time.monotonic_ns())
         try:
             while not self._closing and (received := connection.next_message()) is not None:
@@ -279,6 +290,17 @@ class TcpChannel(asyncio.BufferedProtocol):
         if self._error is not None:
             raise self._error
 
+    @property
+    def received_nbytes(self) -> int:
+        """See :meth:`dynacomm_async.transport.channel.Channel.received_nbytes`."""
+        # A gulp under way waits in the kernel until it is whole.
+        return self._received_nbytes + _waiting_nbytes(self._socket)
+
+    def limit_silence(self, limit_s: float) -> None:
+        """See :meth:`dynacomm_async.transport.channel.Channel.limit_silence`."""
+        if self._socket.fileno() >= 0:
+            _notice_vanished_peers(self._socket, limit_s)
+
     def turn_deaf(self) -> None:
         """See :meth:`dynacomm_async.transport.channel.Channel.turn_deaf`."""
         self._connection.turn_deaf()
@@ -290,8 +312,10 @@ class TcpChannel(asyncio.BufferedProtocol):
             self._transport.close()
             await asyncio.shield(self._over)
 
-    def abort(self) -> None:
+    def abort(self, error: DynaCommError | None = None) -> None:
         """See :meth:`dynacomm_async.transport.channel.Channel.abort`."""
+        if self._error is None:
+            self._error = error
         self._closing = True
         if self._transport is not None:
             self._transport.abort()
@@ -309,17 +333,26 @@ class TcpChannel(asyncio.BufferedProtocol):
         return ChannelBroken(f"the connection to {self.peer} was lost{detail}")
 
 
-def _notice_vanished_peers(sock: socket.socket) -> None:
+def _waiting_nbytes(sock: socket.socket) -> int:
+    """Return how much has arrived that nobody has read yet, where the system tells."""
+    count = array("i", [0])
+    if _FIONREAD and sock.fileno() >= 0:
+        with contextlib.suppress(OSError):
+            fcntl.ioctl(sock.fileno(), _FIONREAD, count)
+    return count[0]
+
+
+def _notice_vanished_peers(sock: socket.socket, limit_s: float) -> None:
     """Have the kernel give up on a peer that takes nothing, or says nothing to keepalive probes.
 
     What counts is progress: a slow link that moves at all is never given up.
     """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
-        ("TCP_KEEPIDLE", SILENCE_S // 3),
-        ("TCP_KEEPINTVL", SILENCE_S // 6),
+        ("TCP_KEEPIDLE", max(1, round(limit_s / 3))),
+        ("TCP_KEEPINTVL", max(1, round(limit_s / 6))),
         ("TCP_KEEPCNT", 4),
-        ("TCP_USER_TIMEOUT", 1000 * SILENCE_S),
+        ("TCP_USER_TIMEOUT", max(1, round(1000 * limit_s))),
     ):
         if hasattr(socket, name):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -409,7 +409,7 @@ async def test_closing_waits_for_the_end(open_tcp_pair: OpenTcp) -> None:
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux only")
 def test_the_kernel_is_told_to_give_up_on_peers_that_take_nothing_or_have_vanished():
     with socket.socket() as sock:
-        tcp._notice_vanished_peers(sock)
+        tcp._notice_vanished_peers(sock, tcp.SILENCE_S)
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
         patience = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
         assert patience == 1000 * tcp.SILENCE_S
