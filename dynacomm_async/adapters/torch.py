@@ -35,6 +35,7 @@ What is done about
 - *gradient accumulation*: ``with step.accumulate():`` around all backward passes but the last;
 - *clipping*: around all of them, then clip; what was accumulated goes at the end of the step. It
   bounds this worker's gradient, not the mean;
+- *compiled modules* (``torch.compile``): they work, in pieces, since hooks run between the layers;
 - *parameters that are read outside any module's call*: call ``step.wait()`` before;
 - *evaluation*: at the top of the loop's body, before ``backward``, and after the loop;
 - *float16 and bfloat16 parameters, and those on other devices*: they are copied to and fro, and the
@@ -128,13 +129,12 @@ class TorchSession:
         self._table = ModelTable(model, seen, decays)
         self._needs = self._table.needs(seen)
         self._is_learnt = seen is not None
-        self._options = {"kernels": self._table.kernels(), **options}
         self.session = Session(
             address,
             self._table.specs,
             initial=self._table.initial(),
             initial_statistics=self._table.initial_statistics(),
-            **self._options,
+            **{"kernels": self._table.kernels(), **options},
         )
         self._step: TorchStep | None = None
         self._places: list[_Place] = []
@@ -537,7 +537,7 @@ class _Place:
                 f"the gradient of {self.slot.name!r} is sparse, expected a dense one: "
                 "make the embedding with sparse=False"
             )
-        self._gradient.copy_(gradient)
+        self._gradient.copy_(gradient.detach())
         if self._is_view:
             self.slot.parameter.grad = self._gradient
 

@@ -339,6 +339,8 @@ def _check(model: nn.Module) -> None:
             raise ConfigError(
                 f"parameter {name!r} has no shape yet: pass sample=, or run the module once before"
             )
+        if parameter.is_meta:
+            raise ConfigError(f"parameter {name!r} is on the meta device, which holds no values")
         if parameter.dtype not in _DTYPES or parameter.layout != torch.strided:
             raise ConfigError(
                 f"parameter {name!r} is {parameter.dtype} ({parameter.layout}), expected a dense "

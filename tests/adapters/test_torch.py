@@ -246,6 +246,19 @@ def test_recomputed_activations_change_nothing(reentrant, make_run, start_server
     check_same(sessions, run.replay(2))
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # compiling has much to say
+def test_a_compiled_module_trains_to_the_same_bits(small, start_server, check_same):
+    make = small.make
+    small.make = lambda: torch.compile(make(), backend="eager")
+    sessions, _ = small.train(start_server, workers=1)
+    small.make = make
+
+    for session in sessions:
+        session.model = session.model._orig_mod
+    check_same(sessions, small.replay(1))
+
+
 def test_dropout_and_data_of_a_step_are_functions_of_its_index(make_run, start_server):
     make = seeded(lambda: nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Linear(8, 2)))
     found = []
@@ -589,6 +602,7 @@ def test_weight_decay_applies_to_what_it_is_told_to():
     [
         (lambda: nn.Linear(2, 2).double(), ConfigError, "parameter 'weight' is torch.float64"),
         (lambda: nn.LazyLinear(2), ConfigError, "parameter 'weight' has no shape yet: pass sample"),
+        (lambda: nn.Linear(2, 2, device="meta"), ConfigError, "'weight' is on the meta device"),
         (lambda: nn.Tanh(), ShapeError, "the model has no trainable parameters"),
         (lambda: 5, ConfigError, "a int, expected a torch.nn.Module"),
     ],
