@@ -89,9 +89,10 @@ class Rounds:
 
     @property
     def short(self) -> int:
-        """How many members the step lacks to reach its quorum; without one: 1 if it has none."""
-        able = self._live | set(self._whole)
-        return max(0, (self._quorum or 1) - len(able))
+        """How many newcomers it takes for the step to end: nobody, or too few, are left in it."""
+        if self._quorum is not None:
+            return max(0, self._quorum - len(self._live.union(self._whole)))
+        return int(not self._live and not any(self._n_arrived))
 
     def takes_part(self, slot: int, step: int) -> bool:
         """Whether a member is in ``slot`` that this step, or the next, is to be sent to."""

@@ -1,0 +1,568 @@
+"""A state machine drives rounds and roster beside a model that is nothing but sets.
+
+The model is the specification: it says again after every event, from scratch, who takes part and
+which cells are complete. Workers join, crash in the middle of a message, are replaced, come back
+under an old term, push things twice, and overtake each other. What was applied is a history of
+(step, cell, slots), judged at the end by a replay in NumPy from the pushes that were accepted.
+
+``DYNACOMM_SEED`` repeats a run; its seed is printed.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, seed, settings, strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from dynacomm_async.errors import RemoteProtocolError
+from dynacomm_async.ranges import Range
+from dynacomm_async.server.roster import Roster
+from dynacomm_async.server.rounds import Rounds, StaleRounds
+
+N_CELLS = 7
+RATE = np.float32(0.1)
+
+
+def gradient(slot, term, step):
+    """What the member of a term computes for all cells, one float each; terms differ on purpose."""
+    return np.random.default_rng([slot, term, step]).standard_normal(N_CELLS).astype(np.float32)
+
+
+def cells_of(ranges):
+    return [cell for first, count in ranges for cell in range(first, first + count)]
+
+
+def as_ranges(cells):
+    return [Range(cell, 1) for cell in sorted(cells)]
+
+
+@dataclass
+class Message:
+    """One push under way."""
+
+    seat: object
+    step: int
+    ranges: list
+    counts: bool
+
+
+@dataclass
+class Model:
+    """Synchronous training by its definition."""
+
+    n_slots: int
+    barrier: bool
+    quorum: int | None
+    step: int = 0
+    present: set = field(default_factory=set)
+    held: set = field(default_factory=set)
+    owing: set = field(default_factory=set)  # who belongs to the step and has not left it
+    pushed: dict = field(default_factory=dict)  # slot -> cells, of this step
+    whole: list = field(default_factory=list)
+    complete: set = field(default_factory=set)
+    upcoming: set | None = None
+    skipped: dict = field(default_factory=dict)
+    applied: set = field(default_factory=set)
+
+    def __post_init__(self):
+        self.present = set(range(self.n_slots))
+        self.begin()
+
+    def begin(self):
+        told = (self.upcoming or set()) & self.present
+        self.owing = set(told or self.present)
+        if self.quorum is not None:
+            self.owing = set(self.present)
+        self.pushed = {slot: set() for slot in range(self.n_slots)}
+        self.whole, self.complete, self.applied, self.upcoming = [], set(), set(), None
+
+    def now_complete(self):
+        everything = set(range(N_CELLS))
+        if not any(self.pushed.values()):
+            return set()
+        if self.quorum is not None:
+            return everything if len(self.whole) >= self.quorum else set()
+        done = {c for c in everything if all(c in self.pushed[slot] for slot in self.owing)}
+        return done if not self.barrier or done == everything else set()
+
+    def newly_complete(self):
+        new = self.now_complete() - self.complete
+        self.complete |= new
+        if new and self.upcoming is None:
+            self.upcoming = set(self.present)
+            if self.quorum is not None:
+                for slot in set(range(self.n_slots)) - set(self.whole):
+                    self.skipped[slot] = self.step
+        return new
+
+    def contributors(self, cell):
+        if self.quorum is not None:
+            return tuple(sorted(self.whole[: self.quorum]))
+        return tuple(slot for slot in range(self.n_slots) if cell in self.pushed[slot])
+
+    def works(self, slot):
+        """Whether a member in the slot is to push in this step."""
+        return slot in self.owing and slot not in self.held
+
+    def enter(self, slot):
+        everything = len(self.pushed[slot]) == N_CELLS
+        if slot in self.held:
+            self.held.remove(slot)
+            if slot in self.owing and everything:
+                self.owing.remove(slot)
+            elif slot in self.owing:
+                self.pushed[slot] = set()
+            return
+        self.present.add(slot)
+        if self.quorum is not None:
+            if not self.complete and not everything:
+                self.owing.add(slot)
+                self.pushed[slot] = set()
+        elif not self.owing and not any(self.pushed.values()):
+            self.begin()
+
+    def hold(self, slot):
+        if slot in self.owing or slot in (self.upcoming or ()):
+            self.held.add(slot)
+        else:
+            self.present.remove(slot)
+
+    def leave(self, slot):
+        self.present.discard(slot)
+        self.held.discard(slot)
+        was_in = slot in self.owing
+        self.owing.discard(slot)
+        if was_in and self.quorum is None and not self.owing and not any(self.pushed.values()):
+            self.begin()
+        return self.newly_complete()
+
+    def push(self, slot, step, cells):
+        if step <= self.skipped.get(slot, -1):
+            return set()
+        self.pushed[slot] |= set(cells)
+        if len(self.pushed[slot]) == N_CELLS:
+            self.whole.append(slot)
+        return self.newly_complete()
+
+    def apply(self, cells):
+        assert cells <= self.complete - self.applied
+        self.applied |= cells
+        if len(self.applied) == N_CELLS:
+            self.step += 1
+            self.begin()
+            return True
+        return False
+
+
+class Synchronous(RuleBasedStateMachine):
+    """Rounds and their model, with the arithmetic of a server around them."""
+
+    @initialize(
+        n_slots=st.integers(1, 4),
+        mode=st.sampled_from(["shrink", "shrink", "wait", "quorum"]),
+        data=st.data(),
+    )
+    def start(self, n_slots, mode, data):
+        quorum = data.draw(st.integers(1, n_slots)) if mode == "quorum" else None
+        self.mode = mode
+        self.rounds = Rounds(N_CELLS, n_slots, barrier=mode == "wait", quorum=quorum)
+        self.model = Model(n_slots, mode == "wait", quorum)
+        self.roster = Roster(n_slots)
+        self.seats = {slot: self.roster.join(slot) for slot in range(n_slots)}
+        self.former = []
+        self.contributions = np.zeros((n_slots, N_CELLS), np.float32)
+        self.arena = np.zeros(N_CELLS, np.float32)
+        self.under_way = {}  # slot -> message whose payload is arriving
+        self.queue = []  # complete cells that have not been applied
+        self.accepted = []  # (seat, step, cell) of pushes that arrived whole and counted
+        self.history = []  # (step, cell, slots) in the order in which they were applied
+
+    def slot_of(self, data, slots):
+        return data.draw(st.sampled_from(sorted(slots)), label="slot")
+
+    def take(self, complete, expected):
+        assert sorted(cells_of(complete)) == sorted(expected)
+        self.queue += complete
+
+    # -- members --
+
+    @precondition(lambda self: self.rounds.waiting or len(self.seats) < self.model.n_slots)
+    @rule(data=st.data())
+    def join(self, data):
+        slot = self.slot_of(data, set(range(self.model.n_slots)) - set(self.seats))
+        seat = self.roster.join(slot)
+        assert seat.term > max((old.term for old in self.former), default=0)
+        self.seats[slot] = seat
+        self.rounds.enter(slot)
+        self.model.enter(slot)
+
+    @precondition(lambda self: self.seats)
+    @rule(data=st.data())
+    def crash(self, data):
+        slot = self.slot_of(data, self.seats)
+        seat = self.seats.pop(slot)
+        if slot in self.under_way:  # half of its last message arrived: it has scribbled
+            message = self.under_way.pop(slot)
+            if message.counts:
+                self.contributions[slot, cells_of(message.ranges)[::2]] = np.nan
+        self.roster.leave(seat)
+        self.former.append(seat)
+        if self.mode == "wait":
+            self.rounds.hold(slot)
+            self.model.hold(slot)
+        else:
+            self.take(self.rounds.leave(slot), self.model.leave(slot))
+
+    @precondition(lambda self: self.rounds.waiting)
+    @rule(data=st.data())
+    def give_up_waiting(self, data):
+        slot = self.slot_of(data, self.rounds.waiting)
+        self.take(self.rounds.leave(slot), self.model.leave(slot))
+
+    @precondition(lambda self: self.seats)
+    @rule(data=st.data())
+    def reconnect(self, data):
+        slot = self.slot_of(data, self.seats)
+        old, seat = self.seats[slot], self.seats[slot]
+        self.under_way.pop(slot, None)  # a message that was cut off has not been sent
+        seat = self.roster.reconnect(seat._replace(connection=seat.connection + 1))
+        self.seats[slot] = seat
+        with pytest.raises(RemoteProtocolError, match="is over"):
+            self.roster.check(old)
+        with pytest.raises(RemoteProtocolError, match="comes late"):
+            self.roster.reconnect(old)
+        assert self.roster.leave(old) is False
+        if self.model.works(slot) and self.model.step > self.model.skipped.get(slot, -1):
+            have = self.rounds.have(slot, self.model.step)
+            assert set(cells_of(have)) == self.model.pushed[slot]
+            for cells in have:
+                with pytest.raises(RemoteProtocolError, match="were pushed before"):
+                    self.rounds.check(slot, self.model.step, [cells])
+
+    @precondition(lambda self: self.former)
+    @rule(data=st.data())
+    def former_member_returns(self, data):
+        seat = data.draw(st.sampled_from(self.former))
+        with pytest.raises(RemoteProtocolError, match=f"term {seat.term} of slot {seat.slot}"):
+            self.roster.check(seat)
+        with pytest.raises(RemoteProtocolError, match="has ended"):
+            self.roster.reconnect(seat._replace(connection=seat.connection + 1))
+
+    # -- pushes --
+
+    @precondition(lambda self: self.may_push())
+    @rule(data=st.data())
+    def begin_push(self, data):
+        slot = self.slot_of(data, self.may_push())
+        left = sorted(set(range(N_CELLS)) - self.model.pushed[slot])
+        some = st.sets(st.sampled_from(left), min_size=1)
+        cells = data.draw(st.one_of(some, st.just(set(left))), label="cells")
+        seat, step = self.seats[slot], self.model.step
+        self.roster.check(seat)
+        ranges = as_ranges(cells)
+        counts = self.rounds.check(slot, step, ranges)
+        assert counts == (step > self.model.skipped.get(slot, -1))
+        self.under_way[slot] = Message(seat, step, ranges, counts)
+
+    def may_push(self):
+        free = [slot for slot in self.seats if slot not in self.under_way]
+        return [s for s in free if self.model.works(s) and len(self.model.pushed[s]) < N_CELLS]
+
+    @precondition(lambda self: self.under_way)
+    @rule(data=st.data())
+    def end_push(self, data):
+        slot = self.slot_of(data, self.under_way)
+        message = self.under_way.pop(slot)
+        cells = cells_of(message.ranges)
+        if message.counts:  # one that a quorum overtook may still be arriving, and is dropped
+            values = gradient(slot, message.seat.term, message.step)
+            self.contributions[slot, cells] = values[cells]
+        counted = message.step > self.model.skipped.get(slot, -1)
+        complete = self.rounds.push(slot, message.step, message.ranges)
+        self.take(complete, self.model.push(slot, message.step, cells))
+        if counted:
+            self.accepted += [(message.seat, message.step, cell) for cell in cells]
+
+    @rule(data=st.data(), offset=st.sampled_from([-2, -1, 1, 2]))
+    def push_for_another_step(self, data, offset):
+        slot = data.draw(st.integers(0, self.model.n_slots - 1))
+        step = self.model.step + offset
+        if step <= self.model.skipped.get(slot, -1):
+            assert self.rounds.check(slot, step, [Range(0, 1)]) is False
+            assert self.rounds.push(slot, step, [Range(0, 1)]) == []
+        else:
+            with pytest.raises(RemoteProtocolError, match=f"step {step}, expected step"):
+                self.rounds.check(slot, step, [Range(0, 1)])
+
+    @rule(data=st.data())
+    def push_of_one_who_takes_no_part(self, data):
+        slot = data.draw(st.integers(0, self.model.n_slots - 1))
+        if not self.model.works(slot) and self.model.step > self.model.skipped.get(slot, -1):
+            with pytest.raises(RemoteProtocolError, match="takes no part"):
+                self.rounds.check(slot, self.model.step, [Range(0, 1)])
+
+    # -- the server applies --
+
+    @precondition(lambda self: self.queue)
+    @rule(data=st.data())
+    def apply(self, data):
+        cells = self.queue.pop(data.draw(st.integers(0, len(self.queue) - 1)))
+        step = self.rounds.step
+        for part, slots in self.rounds.contributors(cells):
+            for cell in cells_of([part]):
+                assert slots == self.model.contributors(cell)
+                self.history.append((step, cell, slots))
+            start, stop = part.first, part.first + part.count
+            if slots:
+                joined = self.contributions[slots[0], start:stop].copy()
+                for slot in slots[1:]:
+                    joined += self.contributions[slot, start:stop]
+                self.arena[start:stop] -= RATE * (joined / np.float32(len(slots)))
+        ended = self.rounds.apply(cells)
+        assert ended == self.model.apply(set(cells_of([cells])))
+        assert self.rounds.step == step + ended
+        assert not ended or not self.queue
+
+    # -- what always holds --
+
+    @invariant()
+    def rounds_agree_with_the_model(self):
+        if not hasattr(self, "rounds"):
+            return
+        rounds, model = self.rounds, self.model
+        assert rounds.step == model.step
+        assert (rounds.upcoming is None) == (model.upcoming is None)
+        assert set(rounds.upcoming or ()) == (model.upcoming or set())
+        waits = {s for s in model.held & model.owing if len(model.pushed[s]) < N_CELLS}
+        assert set(rounds.waiting) == waits
+        for slot in range(model.n_slots):
+            inside = slot in model.present and slot not in model.held
+            assert rounds.takes_part(slot, model.step) == (inside and slot in model.owing)
+            next_too = inside and slot in (model.upcoming or ())
+            assert rounds.takes_part(slot, model.step + 1) == next_too
+            assert rounds.skips(slot) == model.skipped.get(slot, -1)
+        idle = not model.owing and not any(model.pushed.values())
+        missing = (model.quorum or 0) - len(model.owing | set(model.whole))
+        assert rounds.short == (max(0, missing) if model.quorum else idle)
+
+    @invariant()
+    def somebody_can_always_go_on(self):
+        if hasattr(self, "rounds") and not self.queue and not self.under_way:
+            goes_on = self.may_push() or self.rounds.waiting or self.rounds.short
+            assert goes_on, "nothing is due, and nobody is waited for"
+
+    def teardown(self):
+        if hasattr(self, "rounds"):
+            judge(self.arena, self.history, self.accepted)
+
+
+def judge(arena, history, accepted):
+    """Replay what was applied from what was accepted, and look for anything twice."""
+    terms = {}
+    for seat, step, cell in accepted:
+        terms[seat.slot, step, cell] = seat.term  # of two members, the one who computed it anew
+    replayed, versions, used = np.zeros_like(arena), [0] * N_CELLS, set()
+    for step, cell, slots in history:
+        assert versions[cell] == step
+        versions[cell] += 1
+        total = None
+        for slot in slots:
+            key = (slot, step, cell)
+            assert key not in used
+            used.add(key)
+            term = terms[key]
+            assert {terms[slot, step, c] for c in range(N_CELLS) if (slot, step, c) in used} == {
+                term
+            }
+            value = gradient(slot, term, step)[cell]
+            total = value if total is None else total + value
+        if total is not None:
+            replayed[cell] -= RATE * (total / np.float32(len(slots)))
+    assert arena.tobytes() == replayed.tobytes()
+
+
+class Stale(RuleBasedStateMachine):
+    """Contributions applied as they arrive: clocks, the bound, joiners at the minimum."""
+
+    @initialize(n_slots=st.integers(1, 4), bound=st.sampled_from([None, 0, 1, 2]))
+    def start(self, n_slots, bound):
+        self.bound = bound
+        self.rounds = StaleRounds(N_CELLS, n_slots, bound)
+        self.roster = Roster(n_slots)
+        self.seats = {slot: self.roster.join(slot) for slot in range(n_slots)}
+        self.n_slots = n_slots
+        self.held = set()
+        self.former = []
+        self.clocks = dict.fromkeys(range(n_slots), 0)
+        self.floor = 0
+        self.pushed = {slot: set() for slot in range(n_slots)}
+        self.done = {slot: set() for slot in range(n_slots)}  # of those, the applied ones
+        self.queue = []  # (seat, step, cells), applied in this order
+        self.arena = np.zeros(N_CELLS, np.float32)
+        self.history = []
+
+    def slot_of(self, data, slots):
+        return data.draw(st.sampled_from(sorted(slots)), label="slot")
+
+    def find_floor(self):
+        alive = [self.clocks[slot] for slot in (*self.seats, *self.held)]
+        self.floor = max(self.floor, min(alive, default=self.floor))
+
+    def allowed(self, slot):
+        return self.bound is None or self.clocks[slot] - self.floor <= self.bound
+
+    @precondition(lambda self: len(self.seats) < self.n_slots)
+    @rule(data=st.data())
+    def join(self, data):
+        slot = self.slot_of(data, set(range(self.n_slots)) - set(self.seats))
+        expected = max(self.floor, self.clocks[slot] + bool(self.pushed[slot]))
+        self.seats[slot] = self.roster.join(slot)
+        self.held.discard(slot)
+        assert self.rounds.enter(slot) == expected
+        self.clocks[slot] = expected
+        self.pushed[slot], self.done[slot] = set(), set()
+        self.find_floor()
+
+    @precondition(lambda self: self.seats)
+    @rule(data=st.data(), waits=st.booleans())
+    def crash(self, data, waits):
+        slot = self.slot_of(data, self.seats)
+        seat = self.seats.pop(slot)
+        self.roster.leave(seat)
+        self.former.append(seat)
+        if waits:
+            self.rounds.hold(slot)
+            self.held.add(slot)
+        else:
+            self.rounds.leave(slot)
+            self.find_floor()
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def give_up_waiting(self, data):
+        slot = self.slot_of(data, self.held)
+        self.held.remove(slot)
+        self.rounds.leave(slot)
+        self.find_floor()
+
+    @precondition(lambda self: self.may_push())
+    @rule(data=st.data())
+    def push(self, data):
+        slot = self.slot_of(data, self.may_push())
+        left = sorted(set(range(N_CELLS)) - self.pushed[slot])
+        some = st.sets(st.sampled_from(left), min_size=1)
+        cells = data.draw(st.one_of(some, st.just(set(left))), label="cells")
+        seat, step, ranges = self.seats[slot], self.clocks[slot], as_ranges(cells)
+        self.roster.check(seat)
+        self.rounds.check(slot, step, ranges)
+        assert self.bound is None or step - self.floor <= self.bound
+        assert self.rounds.push(slot, step, ranges) == ranges
+        self.pushed[slot] |= cells
+        self.queue.append((seat, step, ranges))
+        with pytest.raises(RemoteProtocolError, match="were pushed before"):
+            self.rounds.check(slot, step, ranges)
+        assert set(cells_of(self.rounds.have(slot, step))) == self.pushed[slot]
+
+    def may_push(self):
+        return [
+            slot for slot in self.seats if self.allowed(slot) and len(self.pushed[slot]) < N_CELLS
+        ]
+
+    @rule(data=st.data(), offset=st.sampled_from([-1, 0, 1]))
+    def push_what_cannot_be(self, data, offset):
+        slot = data.draw(st.integers(0, self.n_slots - 1))
+        step = self.clocks[slot] + offset
+        if slot in self.seats and offset == 0 and self.allowed(slot):
+            return
+        with pytest.raises(RemoteProtocolError):
+            self.rounds.check(slot, step, [Range(0, 1)])
+
+    @precondition(lambda self: self.former)
+    @rule(data=st.data())
+    def former_member_returns(self, data):
+        seat = data.draw(st.sampled_from(self.former))
+        with pytest.raises(RemoteProtocolError, match=f"term {seat.term} of slot {seat.slot}"):
+            self.roster.check(seat)
+
+    @precondition(lambda self: self.queue)
+    @rule()
+    def apply(self):
+        seat, step, ranges = self.queue.pop(0)
+        for cells in ranges:
+            before = self.rounds.versions.copy()
+            for cell in cells_of([cells]):
+                self.arena[cell] -= RATE * gradient(seat.slot, seat.term, step)[cell]
+                self.history.append((seat.slot, seat.term, step, cell))
+            moved = self.rounds.apply(seat.slot, step, cells)
+            assert (self.rounds.versions >= before).all()
+            if step == self.clocks[seat.slot]:
+                self.done[seat.slot] |= set(cells_of([cells]))
+            expected = len(self.done[seat.slot]) == N_CELLS
+            assert moved == expected
+            if expected:
+                self.clocks[seat.slot] += 1
+                self.pushed[seat.slot], self.done[seat.slot] = set(), set()
+                self.find_floor()
+
+    @invariant()
+    def clocks_and_bound_agree(self):
+        if not hasattr(self, "rounds"):
+            return
+        assert [self.rounds.clock(slot) for slot in range(self.n_slots)] == [
+            self.clocks[slot] for slot in range(self.n_slots)
+        ]
+        assert self.rounds.minimum == self.floor
+        lowest = {slot for slot in self.held if self.clocks[slot] == self.floor}
+        assert set(self.rounds.waiting) == lowest
+        for step in range(self.floor, self.floor + 5):
+            expected = self.bound is None or step - self.floor <= self.bound
+            assert self.rounds.allows(step) == expected
+
+    @invariant()
+    def somebody_can_always_go_on(self):
+        if hasattr(self, "rounds") and not self.queue and self.seats:
+            assert self.may_push() or self.held or not self.seats
+
+    def teardown(self):
+        if not hasattr(self, "rounds"):
+            return
+        keys = [(slot, step, cell) for slot, _, step, cell in self.history]
+        assert len(keys) == len(set(keys))
+        terms = {}
+        for slot, term, step, _ in self.history:
+            assert terms.setdefault((slot, step), term) == term
+        counts = np.bincount([cell for *_, cell in self.history], minlength=N_CELLS)
+        assert counts.tolist() == self.rounds.versions.tolist()
+        replayed = np.zeros_like(self.arena)
+        for slot, term, step, cell in self.history:
+            replayed[cell] -= RATE * gradient(slot, term, step)[cell]
+        assert self.arena.tobytes() == replayed.tobytes()
+
+
+@pytest.mark.parametrize("machine", [Synchronous, Stale], ids=lambda machine: machine.__name__)
+def test_no_event_makes_rounds_and_their_model_differ(machine):
+    number = int(os.environ.get("DYNACOMM_SEED") or secrets.randbits(32))
+    examples = int(os.environ.get("DYNACOMM_EXAMPLES") or 60)
+    print(f"DYNACOMM_SEED={number}, {examples} runs of at most 60 events")
+    run_state_machine_as_test(
+        seed(number)(machine),
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=60,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
