@@ -8,6 +8,7 @@ begins when they have arrived and the layer before has computed. Both links are 
 rules that workers and server follow (:mod:`dynacomm_async.schedule.dispatch`).
 
 Workers alike, each on a link of its own, run in lockstep and are one worker as far as this goes.
+On a half-duplex link the directions take turns, message by message, while both have something.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class Crossing:
         ]
         self._to_server_ns = costs.latency_up_ns + costs.server_ns
         self._to_worker_ns = costs.latency_down_ns
+        self._half_duplex = costs.half_duplex
         down_ns, up_ns = costs.overhead_down_ns * share, costs.overhead_up_ns * share
         self._uplink = _Link(
             layout,
@@ -81,23 +83,22 @@ class Crossing:
 
     def step_ns(self, plan: AnyPlan) -> int:
         """Return how long a step takes under ``plan``."""
-        return self.end_ns(self.pull(plan, self.push(plan)))
+        return self.end_ns(self.messages(plan)[1])
+
+    def messages(self, plan: AnyPlan) -> tuple[list[Sent], list[Sent]]:
+        """Return the gradient messages and the parameter messages, each in the order sent."""
+        if self._half_duplex:
+            return self._take_turns(self._push_rule(plan), self._pull_rule(plan))
+        pushed = self.push(plan)
+        return pushed, self.pull(plan, pushed)
 
     def push(self, plan: AnyPlan) -> list[Sent]:
-        """Return the gradient messages, in the order sent."""
-        if isinstance(plan, PolicyPlan):
-            dispatcher: Dispatcher = PriorityDispatcher(plan.push, self.layout)
-        else:
-            dispatcher = self._ordered(plan.push, barrier=False)
-        return self._uplink.send(dispatcher, self._gradients)
+        """Return the gradient messages, in the order sent; the link must not be half-duplex."""
+        return self._uplink.send(self._push_rule(plan), self._gradients)
 
     def pull(self, plan: AnyPlan, pushed: Sequence[Sent]) -> list[Sent]:
-        """Return the parameter messages, in the order sent, after these gradients."""
-        if isinstance(plan, PolicyPlan):
-            dispatcher: Dispatcher = PriorityDispatcher(plan.pull, self.layout)
-        else:
-            dispatcher = self._ordered(plan.pull, barrier=plan.barrier)
-        return self._downlink.send(dispatcher, self._applied(pushed))
+        """Return the parameter messages, in the order sent, after these gradients; likewise."""
+        return self._downlink.send(self._pull_rule(plan), self._applied(pushed))
 
     def try_push(self, policy: Policy, limit_ns: int) -> list[Sent] | None:
         """Return the gradient messages that a policy makes; None: no step below the limit."""
@@ -146,6 +147,42 @@ class Crossing:
                 else:
                     segments.append(Segment(layer, layer))
         return tuple(segments)
+
+    def _take_turns(self, push: Dispatcher, pull: Dispatcher) -> tuple[list[Sent], list[Sent]]:
+        pushed: list[Sent] = []
+        pulled: list[Sent] = []
+        applied: list[tuple[int, tuple[Range, ...]]] = []
+        now_ns = n_ready = n_applied = 0
+        up_first = True
+        while not (push.done and pull.done):
+            n_ready = _feed(push, self._gradients, n_ready, now_ns)
+            n_applied = _feed(pull, applied, n_applied, now_ns)
+            up = up_first
+            cells = (push if up else pull).next()
+            if cells is None:
+                up = not up
+                cells = (push if up else pull).next()
+            if cells is None:
+                coming = (*self._gradients[n_ready : n_ready + 1], *applied[n_applied:])
+                now_ns = min(at_ns for at_ns, _ in coming)
+                continue
+            start_ns = now_ns
+            now_ns += (self._uplink if up else self._downlink).occupied_ns(cells)
+            (pushed if up else pulled).append(Sent(start_ns, now_ns, cells))
+            if up:
+                applied += self._applied(pushed[-1:])
+            up_first = not up
+        return pushed, pulled
+
+    def _push_rule(self, plan: AnyPlan) -> Dispatcher:
+        if isinstance(plan, PolicyPlan):
+            return PriorityDispatcher(plan.push, self.layout)
+        return self._ordered(plan.push, barrier=False)
+
+    def _pull_rule(self, plan: AnyPlan) -> Dispatcher:
+        if isinstance(plan, PolicyPlan):
+            return PriorityDispatcher(plan.pull, self.layout)
+        return self._ordered(plan.pull, barrier=plan.barrier)
 
     def _applied(self, pushed: Sequence[Sent]) -> list[tuple[int, tuple[Range, ...]]]:
         """When new parameters are ready at the server."""
@@ -202,7 +239,7 @@ class _Link:
             if cells is None:
                 free_ns = arrivals[index][0]
                 continue
-            start_ns, free_ns = free_ns, free_ns + self._occupied_ns(cells)
+            start_ns, free_ns = free_ns, free_ns + self.occupied_ns(cells)
             sent.append(Sent(start_ns, free_ns, cells))
             if limit_ns is not None and self._least_ns(sent[-1]) >= limit_ns:
                 break
@@ -216,7 +253,8 @@ class _Link:
         # Of a message's layers the first one has the longest way to the end.
         return sent.end_ns + self._remains_ns[bisect_right(self._firsts, sent.cells[0].first) - 1]
 
-    def _occupied_ns(self, cells: Sequence[Range]) -> int:
+    def occupied_ns(self, cells: Sequence[Range]) -> int:
+        """Return how long a message occupies the link."""
         occupied_ns = self._overhead_ns
         for first, count in cells:
             occupied_ns += self._until_ns(first + count) - self._until_ns(first)

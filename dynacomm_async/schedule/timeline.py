@@ -142,8 +142,7 @@ def evaluate(plan: AnyPlan, costs: Costs) -> Timeline:
 
 def _evaluate_crossing(plan: AnyPlan, costs: Costs) -> Timeline:
     crossing = Crossing(costs)
-    pushed = crossing.push(plan)
-    pulled = crossing.pull(plan, pushed)
+    pushed, pulled = crossing.messages(plan)
     now_ns = 0
     computations: list[Computation] = []
     for layer in reversed(range(plan.n_layers)):

@@ -227,7 +227,7 @@ def _promises(plan: AnyPlan, costs: Costs) -> int:
 
 def _is_worthwhile(fresh: AnyPlan, current: AnyPlan, costs: Costs) -> bool:
     if costs.half_duplex and is_crossing(current):
-        return True  # what it promises supposes that both directions have room at once
+        return True  # where directions take turns, only a barrier shows what each can do alone
     return 100 * _promises(fresh, costs) <= _WORTHWHILE_PERCENT * _promises(current, costs)
 
 

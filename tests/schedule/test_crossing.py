@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -90,6 +91,44 @@ def test_at_a_barrier_a_step_takes_as_long_wherever_one_begins_to_count(
         costs = make_far(make_costs, seed)
         plan = make_random_plan(seed, len(costs.layers))
         assert Crossing(costs).step_ns(plan) == evaluate(plan, costs).step_ns, seed
+
+
+def test_on_a_half_duplex_link_directions_take_turns_by_hand() -> None:
+    costs = Costs(
+        (LayerCosts("a", 4, 30, 5, 50, 20), LayerCosts("b", 4, 30, 6, 8, 40)),
+        overhead_up_ns=2,
+        overhead_down_ns=3,
+        half_duplex=True,
+    )
+    timeline = evaluate(PolicyPlan("mine", 2, pull=Policy(4), push=Policy(4)), costs)
+    # a's gradient is there at 58, while b's new parameters come down, and has to wait until 83.
+    assert [(t.direction, t.segment.first, t.start_ns, t.end_ns) for t in timeline.transfers] == [
+        ("push", 1, 8, 50),
+        ("push", 0, 83, 105),
+        ("pull", 1, 50, 83),
+        ("pull", 0, 105, 138),
+    ]
+    assert timeline.step_ns == 138 + 5 + 6
+
+
+def test_on_a_half_duplex_link_no_two_messages_are_sent_at_once(
+    make_costs: MakeCosts, make_random_plan: MakePlan
+) -> None:
+    for seed in range(200):
+        full = make_far(make_costs, seed)
+        half = replace(full, half_duplex=True)
+        numbers = random.Random(seed)
+        policies = make_policy(numbers), make_policy(numbers)
+        timeline = evaluate(PolicyPlan("random", len(full.layers), *policies), half)
+        spans = sorted((sent.start_ns, sent.end_ns) for sent in timeline.transfers)
+        assert all(before[1] <= after[0] for before, after in pairwise(spans)), seed
+        for direction in ("push", "pull"):
+            carried = [r for t in timeline.transfers if t.direction == direction for r in t.ranges]
+            assert sum(n for _, n in carried) == sum(layer.nbytes for layer in full.layers)
+            assert len({offset for offset, _ in carried}) == len(carried), seed
+        assert timeline.step_ns >= timeline.busy_ns + full.layers[-1].backward_ns
+        barrier = make_random_plan(seed, len(full.layers))
+        assert Crossing(half).step_ns(barrier) == evaluate(barrier, full).step_ns, seed
 
 
 def test_no_policies_make_a_step_shorter_than_the_bound(make_costs: MakeCosts) -> None:
