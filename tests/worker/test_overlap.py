@@ -104,7 +104,7 @@ async def find_lost_overlap(listen_raw, wrap_step, *, hopeless=None):
         def loss(self):
             return self._engine.loss
 
-        def step(self, images, labels, hooks):
+        def step(self, images, labels, hooks, **options):
             hooks._step = wrap_step(hooks._step)
             before_forward, before_backward = hooks.before_forward, hooks.before_backward
 
