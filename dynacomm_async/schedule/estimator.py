@@ -400,10 +400,11 @@ class Estimator:
 
         Args:
             arrivals: ``(nbytes, elapsed_ns, messages)`` of each.
-            crossing: whether parameters may have come down meanwhile; then they tell of the
-                uplink's rate only if the directions do not take turns.
+            crossing: whether parameters may have come down meanwhile; then they tell nothing of the
+                uplink's rate if the directions take turns. Where that cannot be told they count:
+                a downlink so fast that nothing is ever shared must not hide a slow uplink.
         """
-        if crossing and self.duplex.half is not False:
+        if crossing and self.duplex.half is True:
             return
         for nbytes, elapsed_ns, messages in arrivals:
             self.up.observe(nbytes, elapsed_ns, min(messages, 1))

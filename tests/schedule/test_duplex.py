@@ -96,6 +96,19 @@ def test_a_link_that_becomes_slower_or_faster_is_not_taken_for_another_kind(
     assert estimator.down.ns_per_byte == pytest.approx(80 * slower, rel=0.1)
 
 
+def test_an_uplink_is_followed_beside_a_downlink_too_fast_to_share_anything() -> None:
+    estimator = Estimator([("a", 10**6)])
+    sizes = (100_000, 60_000, 20_000)
+    for step in range(60):
+        slow = 80 if step < 20 else 400
+        for nbytes in sizes:
+            estimator.observe_pull(nbytes, nbytes, 1, shared_ns=nbytes if step > 3 else 0)
+        pushes = [(nbytes, MS + nbytes * slow, 1) for nbytes in sizes]
+        estimator.observe_pushes(pushes, crossing=step > 3)
+    assert estimator.duplex.half is None
+    assert estimator.up.ns_per_byte == pytest.approx(400, rel=0.05)
+
+
 @pytest.mark.parametrize("times", [(-1, 1, 0), (1, -1, 0), (1, 1, -1), (1, 1, 2)])
 def test_times_that_cannot_be_are_refused(times: tuple[int, int, int]) -> None:
     with pytest.raises(PlanError):
