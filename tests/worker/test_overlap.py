@@ -119,7 +119,7 @@ async def find_lost_overlap(listen_raw, wrap_step, *, hopeless=None):
                     witness.backward_of_first_begins()
 
             hooks.before_forward, hooks.before_backward = forward, backward
-            self._engine.step(images, labels, hooks)
+            self._engine.step(images, labels, hooks, **options)
 
     def work(address):
         images = np.zeros((BATCH, *network.input_shape), np.float32)
