@@ -93,3 +93,36 @@ def test_numbers_that_cannot_be_are_refused(size, workers, batch, seed, message)
 def test_a_slot_or_step_that_is_not_there_is_refused(slot, step):
     with pytest.raises(ConfigError, match=r"(slot|step) is -?\d, expected"):
         Batches(20, workers=2, batch=5, seed=0).indices(slot, step)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(data=st.data(), blocks=st.integers(4, 40), rest=st.integers(0, 2), seed=st.integers(0, 9))
+def test_whoever_comes_and_goes_nothing_is_seen_twice_in_an_epoch_and_little_is_left_out(
+    data, blocks, rest, seed
+):
+    size = 3 * blocks + rest
+    batches = Batches(size, workers=4, batch=3, seed=seed)
+    split, seen = batches.split, {}
+    for step in range(data.draw(st.integers(1, 50))):
+        if data.draw(st.integers(0, 3)) == 0:
+            split = split.anew(step, data.draw(st.sets(st.integers(0, 3), min_size=1)))
+        dealt = [batches.indices(slot, step, split) for slot in split.members]
+        epoch, _ = split.locate(step)
+        seen.setdefault(epoch, []).extend(np.concatenate(dealt).tolist())
+    assert sorted(seen) == list(range(len(seen)))
+    for epoch, images in seen.items():
+        assert len(images) == len(set(images))
+        if epoch + 1 in seen:
+            assert size - len(images) < 3 * 4 + rest
+
+
+def test_a_split_in_force_is_all_it_takes_to_deal_a_step_again():
+    batches = Batches(60, workers=3, batch=4, seed=2)
+    split = batches.split.anew(2, [0, 2]).anew(5, [0, 1, 2])
+    late = Batches(60, workers=3, batch=4, seed=2)
+    for step in (9, 5, 7, 5):
+        for slot in range(3):
+            expected = batches.indices(slot, step, split)
+            assert late.indices(slot, step, split).tolist() == expected.tolist()
+    with pytest.raises(ConfigError, match="step is 4, expected at least 5"):
+        late.indices(0, 4, split)
