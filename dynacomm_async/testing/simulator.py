@@ -31,7 +31,7 @@ from dynacomm_async.schedule.dispatch import (
     PriorityDispatcher,
 )
 from dynacomm_async.schedule.layout import Layout
-from dynacomm_async.schedule.plan import AnyPlan, Plan, Segment
+from dynacomm_async.schedule.plan import AnyPlan, Plan, Segment, is_crossing
 from dynacomm_async.worker.step import (
     Compute,
     Event,
@@ -50,10 +50,13 @@ def simulate(plan: AnyPlan, costs: Costs) -> int:
     """Return the nanoseconds that a step takes. O(K log K) for K layers and messages.
 
     Raises:
-        PlanError: the plan is for another number of layers.
+        PlanError: the plan is for another number of layers, or uses both directions of a
+            half-duplex link at once.
     """
     if plan.n_layers != len(costs.layers):
         raise PlanError(f"the plan is for {plan.n_layers} layers, expected {len(costs.layers)}")
+    if costs.half_duplex and is_crossing(plan):
+        raise PlanError("the link is half-duplex, expected a plan with a barrier for it")
     return _Simulation(plan, costs).run()
 
 

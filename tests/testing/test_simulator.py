@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings, strategies as st
 
@@ -124,3 +126,12 @@ def test_a_plan_for_another_model_is_refused():
 
     with pytest.raises(PlanError, match="for 2 layers, expected 1"):
         simulate(Plan.from_cuts("too long", 2, [], []), costs)
+
+
+def test_one_medium_for_both_directions_is_refused_where_they_would_meet():
+    costs = Costs((LayerCosts("a", 1, 1, 1, 1, 1),), 0, 0, half_duplex=True)
+    plan = Plan.from_cuts("whole", 1, [], [])
+
+    assert simulate(plan, costs) == evaluate(plan, costs).step_ns
+    with pytest.raises(PlanError, match="half-duplex"):
+        simulate(replace(plan, barrier=False), costs)
