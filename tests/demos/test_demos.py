@@ -239,3 +239,11 @@ def test_plans_for_several_rates_lose_less_where_the_rate_is_wrong():
     worst = {row["plan"]: row["errors"][-1]["worst_loss"] for row in rows}
 
     assert worst["best of 5, 30 %"] < 0.05 < worst["the estimate's"]
+
+
+@pytest.mark.slow
+def test_the_checkpoints_benchmark_saves_a_model_with_its_momentum():
+    found = json.loads(run_demo("benchmarks/checkpoints.py", "--quick", "--json"))
+
+    assert found["saving"]["nbytes"] > 2 * 10 * 2**20
+    assert [row["rule"] for row in found["checking"]] == ["sgd", "momentum", "adam"] * 2

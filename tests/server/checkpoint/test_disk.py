@@ -113,6 +113,24 @@ def test_a_failure_says_what_and_where(tmp_path, monkeypatch, draw_state):
     assert isinstance(caught.value.__cause__, OSError)
 
 
+def test_a_leftover_that_could_not_be_removed_at_once_is_removed_by_the_next_save(
+    tmp_path, monkeypatch, draw_state, caplog
+):
+    def fail(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with Checkpoints(tmp_path) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "os", FailingOs(0, errno.EIO, names=("fsync",)))
+            patch.setattr(files.shutil, "rmtree", fail)
+            with pytest.raises(CheckpointError, match=r"^cannot flush .*Input/output error$"):
+                checkpoints.save(draw_state(1))
+        assert (tmp_path / ".saving-000001-step-1").exists()
+        assert "a leftover stays: cannot remove" in caplog.text
+        checkpoints.save(draw_state(2))
+        assert {path.name for path in tmp_path.iterdir()} == {".lock", "000001-step-2"}
+
+
 def test_an_unreadable_file_is_skipped_like_a_torn_one(tmp_path, monkeypatch, draw_state, caplog):
     with Checkpoints(tmp_path) as checkpoints:
         for step in (1, 2):
