@@ -175,9 +175,11 @@ def _make_plans(strategy: str, grid: Grid, estimator: Estimator) -> FixedPlan:
 
 
 def _runner(strategy: str, session: Session, workload: Workload, slowdown: float) -> _Runner:
-    engine = bind_engine(session, workload.network, session.settings["batch"])
+    batch = session.settings["batch"]
+    engine = bind_engine(session, workload.network, batch, smoothing=workload.smoothing)
     slot = session.welcome.slot
-    steps = train(session, engine, lambda step: workload.batch(slot, step), slowdown=slowdown)
+    batches = partial(workload.batch, slot)
+    steps = train(session, engine, batches, slowdown=slowdown, seed=workload.seed)
     plans = session.plans
     assert isinstance(plans, FixedPlan)
     return _Runner(strategy, plans, steps, slot, session.metrics)

@@ -23,6 +23,7 @@ _COMMANDS = {
     "trace": "join what the processes of a run have recorded into one trace",
     "plan": "plan a step from a cost table",
     "sweep": "compare the strategies on other links, batches and workers, without training",
+    "export": "write trained weights as PyTorch reads them",
     "profile": "measure a model's layers and a link, write a cost table",
     "models": "list the models",
     "link": "imitate a slow link between workers and a server",

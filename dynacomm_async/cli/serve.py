@@ -6,8 +6,6 @@ import argparse
 import socket
 from pathlib import Path
 
-import numpy as np
-
 from dynacomm_async.addresses import Address, parse_address
 from dynacomm_async.cli.output import (
     Progress,
@@ -32,11 +30,12 @@ from dynacomm_async.cli.workload import (
     training_of,
     training_options,
 )
+from dynacomm_async.models import save_run
 from dynacomm_async.recording import Recorder
 from dynacomm_async.server import ParameterServer, RunResult, StepRecord
 from dynacomm_async.worker import DEFAULT_PORT, layer_specs
 
-__all__ = ["add_arguments", "add_output_arguments", "command"]
+__all__ = ["add_arguments", "add_init_argument", "add_output_arguments", "command"]
 
 EXAMPLE = "dynacomm serve --workers 2 --epochs 20 --listen 127.0.0.1:7070"
 
@@ -58,9 +57,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="allow --listen on an address that other machines reach, without authentication",
     )
     parser.add_argument("--run", metavar="ID", help="id of the run (default: random)")
+    add_init_argument(parser)
     add_own_trace_argument(parser)
     add_output_arguments(parser)
     parser.add_argument("--events", action="store_true", help=argparse.SUPPRESS)
+
+
+def add_init_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--init``."""
+    parser.add_argument(
+        "--init",
+        type=Path,
+        metavar="FILE",
+        help="begin with these weights instead of random ones: a .safetensors file with the names "
+        "and layouts of PyTorch, what --save wrote, or a checkpoint",
+    )
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +95,9 @@ def command(args: argparse.Namespace) -> int:
         result = run(_serve(args, settings, workload, steps, recorder))
     accuracy = workload.accuracy(result.parameters, result.statistics)
     if args.save is not None:
-        _save(args.save, workload, result)
+        save_run(
+            args.save, workload.network, result.parameters, result.statistics, model=args.model
+        )
     _print_result(args, result, accuracy)
     return 0
 
@@ -96,6 +109,7 @@ async def _serve(
     steps: int,
     recorder: Recorder | None,
 ) -> RunResult:
+    initial, initial_statistics = workload.initial(args.init)
     progress = Progress("step", steps, log=not args.events)
     before: StepRecord | None = None
 
@@ -114,8 +128,8 @@ async def _serve(
         workers=args.workers,
         steps=steps,
         training=training_of(training_options(args), steps),
-        initial=workload.network.initialise(args.seed),
-        initial_statistics=workload.network.initial_statistics(),
+        initial=initial,
+        initial_statistics=initial_statistics,
         settings=settings,
         run=args.run,
         listen=parse_address(args.listen, port=DEFAULT_PORT),
@@ -142,15 +156,6 @@ def _reachable(address: Address) -> Address:
     """Return what workers may call this server: its machine's name where it listens everywhere."""
     everywhere = address.host in ("0.0.0.0", "::")
     return Address(socket.gethostname(), address.port) if everywhere else address
-
-
-def _save(path: Path, workload: Workload, result: RunResult) -> None:
-    start = 0
-    layers = {}
-    for layer in workload.network.layers:
-        layers[layer.name] = result.parameters[start : start + layer.count]
-        start += layer.count
-    np.savez(path, **layers, statistics=result.statistics)  # type: ignore[arg-type]
 
 
 def _print_result(args: argparse.Namespace, result: RunResult, accuracy: float) -> None:

@@ -14,7 +14,7 @@ from dynacomm_async.addresses import parse_address
 from dynacomm_async.cli.children import Children, Event
 from dynacomm_async.cli.links import Fleet, add_fleet_arguments, fleet_from, start_links
 from dynacomm_async.cli.output import Progress, check_writable, decimal, print_json
-from dynacomm_async.cli.serve import add_output_arguments
+from dynacomm_async.cli.serve import add_init_argument, add_output_arguments
 from dynacomm_async.cli.signals import run
 from dynacomm_async.cli.tracing import Parts, add_trace_argument, write_trace
 from dynacomm_async.cli.workload import (
@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="at the end, say where the time of each worker's step went",
     )
+    add_init_argument(parser)
     add_trace_argument(parser)
     add_output_arguments(parser)
 
@@ -173,6 +174,7 @@ def _serve_options(args: argparse.Namespace, strategy: str, steps: int) -> list[
         f"--rate-schedule={args.rate_schedule}",
         f"--rule={args.rule}",
         f"--weight-decay={args.weight_decay}",
+        f"--label-smoothing={args.label_smoothing}",
         f"--strategy={strategy}",
         "--listen=127.0.0.1:0",
         "--events",
@@ -181,6 +183,8 @@ def _serve_options(args: argparse.Namespace, strategy: str, steps: int) -> list[
         options.append(f"--data-dir={args.data_dir}")
     if args.augment is not None:
         options.append(f"--augment={args.augment}")
+    if getattr(args, "init", None) is not None:
+        options.append(f"--init={args.init}")
     if getattr(args, "save", None) is not None:
         options.append(f"--save={args.save}")
     return options

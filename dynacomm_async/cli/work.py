@@ -81,12 +81,14 @@ def _work(args: argparse.Namespace, recorder: Recorder | None) -> None:
         welcome = session.welcome
         if not args.events:
             say(f"run {welcome.run}: joined as rank {welcome.slot} (of {welcome.workers})")
-        engine = bind_engine(session, workload.network, session.settings["batch"])
+        batch = session.settings["batch"]
+        engine = bind_engine(session, workload.network, batch, smoothing=workload.smoothing)
         progress = Progress("step", welcome.steps, log=not args.events)
         news = _News(session, args.events)
         try:
             batches = partial(workload.batch, welcome.slot)
-            for step in train(session, engine, batches, slowdown=args.slowdown):
+            steps = train(session, engine, batches, slowdown=args.slowdown, seed=workload.seed)
+            for step in steps:
                 progress.update(
                     step.index + 1, loss=step.loss, images=engine.batch, notes=news.tell()
                 )

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dynacomm_async.data import Batches, Dataset, load, parse_shift, shift_images
+from dynacomm_async.data import Augmentation, Batches, Dataset, load, parse_augmentation
 from dynacomm_async.errors import ConfigError
-from dynacomm_async.models import build
+from dynacomm_async.models import build, load_weights
 from dynacomm_async.nn import Network
 from dynacomm_async.optim import parse_rule, parse_schedule
 from dynacomm_async.schedule import PLANNERS, find_planner
@@ -45,23 +45,34 @@ class Workload:
         train: what it learns from.
         test: what it is judged by.
         batches: how the training data are dealt out.
+        seed: of weights, batches, augmentation and dropout.
+        smoothing: of the labels in training.
     """
 
     network: Network
     train: Dataset
     test: Dataset
     batches: Batches
-    _seed: int
-    _shift: int
+    seed: int
+    smoothing: float
+    _augmentation: Augmentation
 
     def batch(self, slot: int, step: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Return the images and labels of a worker's step, a pure function of the two."""
         indices = self.batches.indices(slot, step)
-        images = self.train.images[indices]
-        if self._shift:
-            epoch = step // self.batches.steps_per_epoch
-            images = shift_images(images, indices, most=self._shift, seed=self._seed, epoch=epoch)
+        epoch = step // self.batches.steps_per_epoch
+        images = self._augmentation.take(self.train.images, indices, seed=self.seed, epoch=epoch)
         return images, self.train.labels[indices]
+
+    def initial(self, init: Path | None) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return the parameters and statistics to begin with: a file's, or new ones.
+
+        Raises:
+            DynaCommError: the file cannot be read, or does not fit the model.
+        """
+        if init is not None:
+            return load_weights(init, self.network)
+        return self.network.initialise(self.seed), self.network.initial_statistics()
 
     def accuracy(self, parameters: NDArray[np.float32], statistics: NDArray[np.float32]) -> float:
         """Return the share of test images that are classified rightly."""
@@ -94,6 +105,16 @@ def number(text: str) -> float:
     return value
 
 
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to below 1")
+    return value
+
+
 def _seed(text: str) -> int:
     if not (text.isascii() and text.isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
@@ -120,7 +141,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--augment",
         metavar="HOW",
-        help="none or shift:PIXELS (default: shift:2 for digits, none otherwise)",
+        help="none, or shift:PIXELS, crop:PIXELS and flip with commas between "
+        "(default: shift:2 for digits, none otherwise)",
     )
     group.add_argument(
         "--batch",
@@ -134,7 +156,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         type=_seed,
         default=0,
         metavar="S",
-        help="of weights, batches and shifts (default: %(default)s)",
+        help="of weights, batches, augmentation and dropout (default: %(default)s)",
     )
 
 
@@ -168,6 +190,13 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, steps: int = 200) -> N
     group.add_argument(
         "--weight-decay", type=number, default=1e-4, metavar="D", help="(default: 0.0001)"
     )
+    group.add_argument(
+        "--label-smoothing",
+        type=_share,
+        default=0.0,
+        metavar="E",
+        help="share of a label that all classes get (default: 0)",
+    )
     parser.set_defaults(default_steps=steps)
 
 
@@ -189,12 +218,13 @@ def settings_of(args: argparse.Namespace, strategy: str) -> dict[str, Any]:
     """
     find_planner(strategy)
     augment = args.augment or ("shift:2" if args.data == "digits" else "none")
-    parse_shift(augment)
+    parse_augmentation(augment)
     return {
         "model": args.model,
         "data": args.data,
         "data_dir": None if args.data_dir is None else str(args.data_dir.absolute()),
         "augment": augment,
+        "label_smoothing": getattr(args, "label_smoothing", 0.0),
         "batch": args.batch,
         "seed": args.seed,
         "workers": args.workers,
@@ -236,7 +266,8 @@ def load_workload(settings: Mapping[str, Any], data_dir: Path | None = None) -> 
         seed=seed,
     )
     batches = Batches(len(train), workers=workers, batch=batch, seed=seed)
-    return Workload(network, train, test, batches, seed, parse_shift(augment))
+    smoothing = settings.get("label_smoothing", 0.0)
+    return Workload(network, train, test, batches, seed, smoothing, parse_augmentation(augment))
 
 
 def steps_of(args: argparse.Namespace, workload: Workload) -> int:
@@ -253,7 +284,9 @@ def check_run(args: argparse.Namespace, strategy: str) -> tuple[dict[str, Any], 
         ConfigError: a setting is wrong, or names what is not there.
     """
     settings = settings_of(args, strategy)
-    steps = steps_of(args, load_workload(settings))
+    workload = load_workload(settings)
+    workload.initial(getattr(args, "init", None))
+    steps = steps_of(args, workload)
     training_of(training_options(args), steps)
     return settings, steps
 

@@ -82,14 +82,17 @@ def layer_specs(network: Network) -> tuple[LayerSpec, ...]:
     )
 
 
-def bind_engine(session: Session, network: Network, batch: int) -> Engine:
-    """Return an engine that computes in the session's arenas."""
+def bind_engine(
+    session: Session, network: Network, batch: int, *, smoothing: float = 0.0
+) -> Engine:
+    """Return an engine that computes in the session's arenas, with so much label smoothing."""
     return network.bind(
         batch,
         parameters=session.parameters,
         gradients=session.gradients,
         statistics=session.statistics,
         batch_statistics=session.batch_statistics,
+        smoothing=smoothing,
     )
 
 

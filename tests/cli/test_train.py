@@ -37,8 +37,8 @@ def test_layers_are_saved_by_name(run, quick, tmp_path):
     assert outcome.code == 0, outcome.err
     assert outcome.out.startswith("3 steps, loss ")
     with np.load(path) as layers:
-        assert sum(layers[name].size for name in layers.files) == 109386
-        assert "statistics" in layers.files
+        assert sum(layers[name].size for name in ("fc1", "fc2", "fc3")) == 109386
+        assert set(layers.files) == {"fc1", "fc2", "fc3", "statistics", "model.name"}
 
 
 def test_seed_and_augmentation_decide_the_result_and_nothing_else(start, quick):
