@@ -7,9 +7,9 @@ import itertools
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from dynacomm_async.errors import RemoteProtocolError
+from dynacomm_async.errors import LocalProtocolError, RemoteProtocolError
 from dynacomm_async.ranges import Range
-from dynacomm_async.server.rounds import Rounds
+from dynacomm_async.server.rounds import Rounds, StaleRounds
 
 
 def cells_of(ranges):
@@ -158,3 +158,249 @@ def test_a_refused_push_changes_nothing():
 
     assert rounds.push(0, 0, [Range(0, 4)]) == [Range(0, 4)]
     assert rounds.apply(Range(0, 4))
+
+
+# -- members that leave and come -----------------------------------------------------------------
+
+ALL = [Range(0, 4)]
+
+
+def test_one_who_leaves_shrinks_only_cells_that_are_not_complete():
+    rounds = Rounds(4, 3)
+    assert rounds.push(0, 0, ALL) == []
+    assert rounds.push(2, 0, [Range(0, 2)]) == []
+    assert rounds.push(1, 0, [Range(0, 1)]) == [Range(0, 1)]
+
+    assert rounds.leave(2) == []
+    assert rounds.push(1, 0, [Range(1, 3)]) == [Range(1, 3)]
+
+    assert rounds.contributors(Range(0, 4)) == [
+        (Range(0, 2), (0, 1, 2)),
+        (Range(2, 2), (0, 1)),
+    ]
+
+
+def test_cells_that_were_waiting_for_the_one_who_leaves_are_complete_at_once():
+    rounds = Rounds(4, 3)
+    rounds.push(0, 0, ALL)
+    rounds.push(1, 0, [Range(0, 1), Range(2, 2)])
+    rounds.push(2, 0, [Range(2, 1)])
+
+    assert rounds.leave(2) == [Range(0, 1), Range(3, 1)]
+
+
+def test_when_the_last_one_leaves_the_step_ends_with_what_there_is():
+    rounds = Rounds(4, 1)
+    rounds.push(0, 0, [Range(1, 1)])
+
+    assert rounds.leave(0) == [Range(0, 1), Range(2, 2)]
+    assert rounds.contributors(Range(0, 4)) == [
+        (Range(0, 1), ()),
+        (Range(1, 1), (0,)),
+        (Range(2, 2), ()),
+    ]
+    assert rounds.apply(Range(0, 4))
+    assert (rounds.step, rounds.members, rounds.short) == (1, (), 1)
+
+
+def test_a_step_to_which_nothing_was_pushed_waits_for_whoever_comes():
+    rounds = Rounds(4, 2)
+    assert rounds.leave(0) == rounds.leave(1) == []
+
+    rounds.enter(1)
+    assert (rounds.step, rounds.members, rounds.short) == (0, (1,), 0)
+    assert rounds.push(1, 0, ALL) == ALL
+
+
+def test_a_newcomer_takes_part_from_the_next_step_of_which_nothing_has_been_sent():
+    rounds = Rounds(4, 2, members=[0])
+    rounds.enter(1)
+    assert not rounds.takes_part(1, 0)
+    with pytest.raises(RemoteProtocolError, match="worker 1 takes no part in step 0"):
+        rounds.check(1, 0, ALL)
+
+    rounds.push(0, 0, [Range(0, 1)])
+    assert rounds.upcoming == (0, 1)
+    assert rounds.takes_part(1, 1)
+
+    rounds = Rounds(4, 2, members=[0])
+    rounds.push(0, 0, [Range(0, 1)])
+    rounds.enter(1)
+    assert rounds.upcoming == (0,)
+    rounds.push(0, 0, [Range(1, 3)])
+    rounds.apply(Range(0, 4))
+    assert (rounds.members, rounds.takes_part(1, 1)) == ((0,), False)
+
+
+def test_the_work_of_a_step_stays_divided_as_it_was_when_a_member_leaves():
+    rounds = Rounds(4, 3)
+    rounds.leave(1)
+    assert rounds.members == (0, 1, 2)
+    for slot in (0, 2):
+        rounds.push(slot, 0, ALL)
+    rounds.apply(Range(0, 4))
+    assert rounds.members == (0, 2)
+
+
+# -- behind a barrier ----------------------------------------------------------------------------
+
+
+def test_a_replacement_computes_the_whole_step_anew():
+    rounds = Rounds(4, 2, barrier=True)
+    rounds.push(0, 0, ALL)
+    rounds.push(1, 0, [Range(0, 3)])
+    rounds.hold(1)
+    assert (rounds.waiting, rounds.takes_part(1, 0)) == ((1,), False)
+
+    rounds.enter(1)
+    assert rounds.waiting == ()
+    assert rounds.have(1, 0) == []
+    assert rounds.push(1, 0, [Range(3, 1)]) == []
+    assert rounds.push(1, 0, [Range(0, 3)]) == ALL
+    assert rounds.contributors(Range(0, 4)) == [(Range(0, 4), (0, 1))]
+
+
+def test_a_replacement_of_one_who_had_pushed_everything_begins_with_the_next_step():
+    rounds = Rounds(4, 2, barrier=True)
+    rounds.push(1, 0, ALL)
+    rounds.hold(1)
+    assert rounds.waiting == ()
+
+    rounds.enter(1)
+    assert not rounds.takes_part(1, 0)
+    assert rounds.push(0, 0, ALL) == ALL
+    assert rounds.takes_part(1, 1)
+    assert rounds.contributors(Range(0, 4)) == [(Range(0, 4), (0, 1))]
+
+
+def test_when_waiting_is_given_up_what_the_lost_member_pushed_counts():
+    rounds = Rounds(4, 2, barrier=True)
+    rounds.push(1, 0, [Range(1, 2)])
+    rounds.hold(1)
+    rounds.push(0, 0, ALL)
+
+    assert rounds.leave(1) == ALL
+    assert rounds.contributors(Range(0, 4)) == [
+        (Range(0, 1), (0,)),
+        (Range(1, 2), (0, 1)),
+        (Range(3, 1), (0,)),
+    ]
+
+
+def test_leaving_after_the_step_is_complete_completes_nothing_again():
+    rounds = Rounds(4, 2, barrier=True)
+    rounds.push(0, 0, ALL)
+    assert rounds.push(1, 0, ALL) == ALL
+    assert rounds.leave(1) == []
+
+
+def test_without_a_barrier_nobody_can_be_waited_for():
+    with pytest.raises(LocalProtocolError, match="without a barrier"):
+        Rounds(4, 2).hold(0)
+
+
+def test_the_first_whole_contributions_make_a_quorum_and_the_others_are_to_skip():
+    rounds = Rounds(4, 3, quorum=2)
+    rounds.push(2, 0, [Range(0, 3)])
+    assert rounds.push(1, 0, ALL) == []
+    assert rounds.check(2, 0, [Range(3, 1)])
+    assert rounds.push(0, 0, ALL) == ALL
+    assert rounds.contributors(Range(0, 4)) == [(Range(0, 4), (0, 1))]
+    assert [rounds.skips(slot) for slot in range(3)] == [-1, -1, 0]
+
+    assert rounds.push(2, 0, [Range(3, 1)]) == []  # it was on its way when the quorum was reached
+    assert rounds.check(2, 0, [Range(3, 1)]) is False
+    assert rounds.have(2, 0) == ALL
+    rounds.apply(Range(0, 4))
+    assert rounds.check(2, 0, [Range(3, 1)]) is False
+    assert rounds.check(2, 1, ALL)
+
+
+def test_a_quorum_that_too_few_are_left_for_waits_for_newcomers_who_take_part_at_once():
+    rounds = Rounds(4, 3, quorum=2)
+    rounds.push(0, 0, ALL)
+    rounds.leave(1)
+    rounds.leave(2)
+    assert rounds.short == 1
+    rounds.leave(0)
+    assert rounds.short == 1
+
+    rounds.enter(2)
+    assert rounds.short == 0
+    assert rounds.push(2, 0, ALL) == ALL
+    assert rounds.contributors(Range(0, 4)) == [(Range(0, 4), (0, 2))]
+
+
+def test_entering_a_taken_slot_and_leaving_a_free_one_are_refused():
+    rounds = Rounds(4, 2, members=[0])
+    with pytest.raises(LocalProtocolError, match="slot 0 is taken"):
+        rounds.enter(0)
+    with pytest.raises(LocalProtocolError, match="nobody is in slot 1"):
+        rounds.leave(1)
+
+
+def test_what_need_not_be_pushed_again_is_all_of_the_steps_before_and_what_came_of_this_one():
+    rounds = Rounds(4, 2, step=3)
+    rounds.push(0, 3, [Range(0, 1), Range(2, 2)])
+
+    assert rounds.have(0, 3) == [Range(0, 1), Range(2, 2)]
+    assert rounds.have(0, 2) == ALL
+    with pytest.raises(RemoteProtocolError, match="step 4 has not begun, expected at most 3"):
+        rounds.have(0, 4)
+
+
+# -- no common step ------------------------------------------------------------------------------
+
+
+def finish_step(rounds, slot):
+    step = rounds.clock(slot)
+    rounds.check(slot, step, ALL)
+    for cells in rounds.push(slot, step, ALL):
+        assert rounds.apply(slot, step, cells)
+
+
+def test_nobody_gets_further_ahead_than_the_bound():
+    rounds = StaleRounds(4, 2, 1)
+    finish_step(rounds, 0)
+    assert rounds.allows(1)
+    finish_step(rounds, 0)
+    assert not rounds.allows(2)
+    with pytest.raises(RemoteProtocolError, match="slowest worker is at 0: more than 1 ahead"):
+        rounds.check(0, 2, ALL)
+
+    finish_step(rounds, 1)
+    assert rounds.allows(2)
+    assert rounds.versions.tolist() == [3, 3, 3, 3]
+
+
+def test_without_a_bound_anybody_may_go_on():
+    rounds = StaleRounds(4, 2, None)
+    for _ in range(9):
+        finish_step(rounds, 0)
+    assert (rounds.allows(9), rounds.minimum) == (True, 0)
+
+
+def test_who_leaves_frees_those_it_held_back_and_who_is_held_does_not():
+    rounds = StaleRounds(4, 3, 0)
+    finish_step(rounds, 0)
+    rounds.hold(1)
+    rounds.leave(2)
+    assert (rounds.waiting, rounds.allows(1)) == ((1,), False)
+    rounds.leave(1)
+    assert (rounds.waiting, rounds.allows(1)) == ((), True)
+
+
+def test_a_joiner_begins_at_the_minimum_but_repeats_no_step_of_its_slot():
+    rounds = StaleRounds(4, 3, 2)
+    for slot in (0, 0, 1):
+        finish_step(rounds, slot)
+    rounds.leave(2)
+    assert rounds.enter(2) == 1
+
+    rounds.leave(0)
+    assert rounds.enter(0) == 2
+    rounds.push(0, 2, [Range(0, 1)])
+    rounds.leave(0)
+    assert rounds.enter(0) == 3
+    assert rounds.apply(0, 2, Range(0, 1)) is False  # what its predecessor pushed is applied still
+    assert rounds.have(0, 3) == []
