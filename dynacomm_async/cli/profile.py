@@ -8,9 +8,11 @@ from pathlib import Path
 from dynacomm_async.cli.compare import compare
 from dynacomm_async.cli.compare_worker import LEAST_STEPS
 from dynacomm_async.cli.links import Fleet
-from dynacomm_async.cli.output import check_writable, print_json, say, seconds, table
+from dynacomm_async.cli.output import check_writable, print_json, say, seconds, table, to_json
 from dynacomm_async.cli.workload import add_model_arguments
 from dynacomm_async.link.options import add_setting_arguments, settings_from
+from dynacomm_async.models import build
+from dynacomm_async.nn import MemoryUse
 from dynacomm_async.schedule import Costs
 
 __all__ = ["add_arguments", "command"]
@@ -48,16 +50,39 @@ def command(args: argparse.Namespace) -> int:
         rate_schedule="constant",
         rate=0.0,
         weight_decay=0.0,
+        label_smoothing=0.0,
     )
     found = compare(
         measured, _STRATEGIES, Fleet((settings_from(args),), (1.0,)), costs_file=args.output
     )
+    use = build(args.model).bind(args.batch).memory
+    costs = {**found.costs, "memory": _describe(use)}  # a note: readers of costs pass over it
+    args.output.write_text(to_json(costs, indent=1) + "\n")
     if args.json:
-        print_json(found.costs)
+        print_json(costs)
     else:
-        _print_costs(Costs.from_json(found.costs))
+        _print_costs(Costs.from_json(costs))
+        _print_memory(use, args.batch)
         say(f"written to {args.output}; next: dynacomm plan {args.output}")
     return 0
+
+
+def _describe(use: MemoryUse) -> dict[str, int]:
+    return {
+        "activation_bytes": use.activations,
+        "gradient_bytes": use.gradients,
+        "workspace_bytes": use.workspace,
+    }
+
+
+def _print_memory(use: MemoryUse, batch: int) -> None:
+    activations, gradients, workspace = (
+        f"{part / 2**20:,.1f}" for part in (use.activations, use.gradients, use.workspace)
+    )
+    print(
+        f"memory beside parameters and gradients, batch {batch}, MiB: {activations} activations, "
+        f"{gradients} their gradients, {workspace} workspace"
+    )
 
 
 def _print_costs(costs: Costs) -> None:

@@ -28,6 +28,7 @@ from dynacomm_async.nn.layers import (
     Residual,
     Tanh,
 )
+from dynacomm_async.nn.memory import MemoryUse
 from dynacomm_async.nn.network import LayerInfo, Network
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "LayerInfo",
     "LocalResponseNorm",
     "MaxPool",
+    "MemoryUse",
     "Network",
     "PadShortcut",
     "ReLU",

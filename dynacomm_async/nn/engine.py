@@ -37,6 +37,7 @@ class Engine:
         gradients: 1-D; :meth:`backward` and :meth:`step` overwrite it.
         statistics: 1-D; read in evaluation only, never written by a step.
         batch_statistics: 1-D; mean and unbiased variance of the last training batch.
+        memory: bytes held beside the arenas.
         loss: of the last :meth:`step`, set before ``after_forward`` of the last layer is called.
     """
 
@@ -57,6 +58,7 @@ class Engine:
         ]
         self._logits = memory.value(network.output)
         self._gradient = memory.gradient(network.output)
+        self.memory = memory.use()
         self._norm = next((node.name for node in network.nodes if node.layer.normalises), None)
         self._chance = next((node.name for node in network.nodes if node.layer.draws), None)
         self._ready = False

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from dynacomm_async.nn.graph import Frame, Node, Shape, Value
 
-__all__ = ["Arenas", "Array", "Memory", "Sink"]
+__all__ = ["Arenas", "Array", "Memory", "MemoryUse", "Sink"]
 
 Array = NDArray[Any]
 
@@ -60,6 +60,26 @@ class Sink:
             np.copyto(self.array, gradient)
 
 
+@dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """Bytes that an engine holds beside the arenas; planned once, so this is the peak, too.
+
+    Attributes:
+        activations: of all layers, with their borders, and what else backward needs of forward.
+        gradients: of the activations, with their frames.
+        workspace: columns, products and masks, which all layers share.
+    """
+
+    activations: int
+    gradients: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.activations + self.gradients + self.workspace
+
+
 class Memory:
     """Hands out views while operators are planned.
 
@@ -93,6 +113,7 @@ class Memory:
         self._frames: dict[int, Array] = {}
         self._scratch: dict[str, Array] = {}
         self.draw: tuple[int, ...] = ()
+        self._held: Counter[str] = Counter()
         self._ones = np.ones(0, self.dtype)
         self._zeros = np.zeros(0, self.dtype)
 
@@ -132,13 +153,20 @@ class Memory:
         """A new array of zeros for gradients of ``shape`` with ``frame``, and the inner view."""
         height, width, channels = shape
         size = frame.above + height + frame.below, frame.left + width + frame.right
-        whole = np.zeros((self.batch, *size, channels), self.dtype)
+        whole = self._new("gradients", (*size, channels))
         inner = whole[:, frame.above : frame.above + height, frame.left : frame.left + width]
         return whole, inner
 
     def keep(self, shape: Shape) -> Array:
-        """A new array of zeros for what one operator alone keeps."""
-        return np.zeros(shape, self.dtype)
+        """A new array of zeros, (N, *shape), for what one operator keeps from forward on."""
+        return self._new("activations", shape)
+
+    def use(self) -> MemoryUse:
+        """What has been allocated so far."""
+        shared = self._ones.nbytes + self._zeros.nbytes
+        return MemoryUse(
+            self._held["activations"], self._held["gradients"], self._held["workspace"] + shared
+        )
 
     def shared(self, value: Value) -> bool:
         """More than one node reads ``value``."""
@@ -175,7 +203,9 @@ class Memory:
         """
         found = self._scratch.get(use)
         if found is None or found.size < count:
+            # Views of the smaller one live on: it counts as long as the operators do.
             found = self._scratch[use] = np.empty(count, dtype or self.dtype)
+            self._held["workspace"] += found.nbytes
         return found[:count]
 
     def ones(self, count: int) -> Array:
@@ -203,18 +233,24 @@ class Memory:
 
     def _allocate_value(self, value: Value) -> Array:
         if len(value.shape) == 1:
-            return np.zeros((self.batch, *value.shape), self.dtype)
+            return self._new("activations", value.shape)
         height, width, channels = value.shape
         bh, bw = self._borders.get(value.index, (0, 0))
-        return np.zeros((self.batch, height + 2 * bh, width + 2 * bw, channels), self.dtype)
+        return self._new("activations", (height + 2 * bh, width + 2 * bw, channels))
 
     def _allocate_gradient(self, value: Value) -> Array:
         producer = self._producers.get(value.index)
         frame = producer.layer.frame(producer) if producer is not None else None
         if frame is None or producer is None or producer.relu or producer.pool:
-            return np.zeros((self.batch, *value.shape), self.dtype)
+            return self._new("gradients", value.shape)
         self._frames[value.index], inner = self.make_frame(frame, value.shape)
         return inner
+
+    def _new(self, kind: str, shape: Shape) -> Array:
+        """A new array of zeros, (N, *shape), that counts as ``kind``."""
+        array = np.zeros((self.batch, *shape), self.dtype)
+        self._held[kind] += array.nbytes
+        return array
 
 
 def _offsets(nodes: Sequence[Node]) -> dict[str, tuple[int, int]]:

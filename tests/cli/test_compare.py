@@ -132,6 +132,8 @@ def test_profile_writes_a_table_that_plan_reads(run, call, quick, tmp_path):
     assert {"overhead_s", "layers"} <= set(table)
     for layer in table["layers"]:
         assert set(layer) == {"name", "nbytes", "pull_s", "forward_s", "backward_s", "push_s"}
+    assert set(table["memory"]) == {"activation_bytes", "gradient_bytes", "workspace_bytes"}
+    assert min(table["memory"].values()) > 0
     assert len(call("plan", path, "--json").json) == len(PLANNERS)
 
 

@@ -342,6 +342,21 @@ def test_a_step_after_the_first_allocates_nothing_large(name, make_batch, make_e
     assert peak < 160_000
 
 
+@pytest.mark.parametrize("name", ["lenet", "resnet20", "vgg_small"])
+def test_the_memory_that_an_engine_reports_is_what_it_takes(name):
+    network = models.build(name)
+    arenas = [np.zeros(network.parameters, np.float32) for _ in range(2)]
+    tracemalloc.start()
+    try:
+        engine = network.bind(16, *arenas)
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    use = engine.memory
+    assert min(use.activations, use.gradients, use.workspace) > 0
+    assert use.total == pytest.approx(held, rel=0.1)
+
+
 def test_lenet_learns_synthetic_data(make_engine):
     network = models.build("lenet")
     generator = np.random.default_rng(3)

@@ -135,8 +135,8 @@ class Conv2d(Layer):
 class _ConvolutionOperator:
     def __init__(self, node: Node, layer: Conv2d, memory: Memory) -> None:
         sink = memory.sink(node.inputs[0])
-        raw = (memory.batch, *node.raw_shape)
-        unpooled = memory.value(node.output) if node.pool is None else np.empty(raw, memory.dtype)
+        pooled = node.pool is not None
+        unpooled = memory.keep(node.raw_shape) if pooled else memory.value(node.output)
         self._forward = ForwardPass(node, layer, memory, unpooled)
         frame, gradient = self._gradient_frame(node, layer, memory)
         self._mask = MaskPass(node, memory, self._forward, gradient) if frame is not None else None

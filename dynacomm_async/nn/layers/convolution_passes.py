@@ -61,7 +61,7 @@ class ForwardPass:
     def __init__(self, node: Node, layer: Conv2d, memory: Memory, unpooled: Array) -> None:
         self.output = memory.value(node.output)
         self.unpooled = unpooled
-        self.maxima = np.empty(self.output.shape, memory.dtype) if node.pool else self.output
+        self.maxima = memory.keep(node.output.shape) if node.pool else self.output
         self._weights, *self._bias = memory.parameters(node)
         self._relu = node.relu
         height, width, channels = node.raw_shape

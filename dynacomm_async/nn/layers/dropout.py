@@ -48,7 +48,7 @@ class _DropoutOperator:
         self._sink = memory.sink(node.inputs[0])
         self._gradient = memory.gradient(node.output)
         self._memory, self._rate, self._place = memory, layer.rate, node.output.index
-        self._factors = memory.keep((memory.batch, *node.output.shape))
+        self._factors = memory.keep(node.output.shape)
         self._product = memory.scratch("whole", self._factors.size).reshape(self._factors.shape)
 
     def forward(self, training: bool) -> None:

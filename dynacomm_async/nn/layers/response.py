@@ -72,7 +72,7 @@ class _ResponseOperator:
         self._layer = layer
         self._sink = memory.sink(node.inputs[0])
         x, y = memory.value(node.inputs[0]), memory.value(node.output)
-        dy, base = memory.gradient(node.output), memory.keep(y.shape)
+        dy, base = memory.gradient(node.output), memory.keep(y.shape[1:])
         channels = y.shape[3]
         groups = image_groups(y.shape)
         pixels = y[groups[0]].size // channels
