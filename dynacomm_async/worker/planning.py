@@ -27,6 +27,7 @@ __all__ = [
     "AdaptivePlans",
     "FixedPlan",
     "Plans",
+    "is_worthwhile",
     "subscription",
     "uplink",
 ]
@@ -127,7 +128,7 @@ class AdaptivePlans(Plans):
             return
         self.costs = costs = replace(costs, workers=self._workers)
         fresh, current = self._make(costs), self._current
-        if current is None or (fresh != current and _is_worthwhile(fresh, current, costs)):
+        if current is None or (fresh != current and is_worthwhile(fresh, current, costs)):
             self._current, self._current_costs = fresh, costs
 
     def _make(self, costs: Costs) -> AnyPlan:
@@ -225,7 +226,8 @@ def _promises(plan: AnyPlan, costs: Costs) -> int:
     return evaluate(plan, costs).step_ns
 
 
-def _is_worthwhile(fresh: AnyPlan, current: AnyPlan, costs: Costs) -> bool:
+def is_worthwhile(fresh: AnyPlan, current: AnyPlan, costs: Costs) -> bool:
+    """Return whether a new plan promises enough for the old one to give way."""
     if costs.half_duplex and is_crossing(current):
         return True  # where directions take turns, only a barrier shows what each can do alone
     return 100 * _promises(fresh, costs) <= _WORTHWHILE_PERCENT * _promises(current, costs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dynacomm_async.schedule.planners.bucket import plan_bucket
 from dynacomm_async.schedule.planners.dynacomm import plan_dynacomm
 from dynacomm_async.schedule.planners.ibatch import plan_ibatch
-from dynacomm_async.schedule.planners.joint import keep_joint, plan_joint
+from dynacomm_async.schedule.planners.joint import plan_joint
 from dynacomm_async.schedule.planners.layerwise import plan_layerwise
 from dynacomm_async.schedule.planners.priority import plan_priority
 from dynacomm_async.schedule.planners.sequential import plan_sequential
@@ -20,7 +20,6 @@ __all__ = [
     "CROSSING",
     "PLANNERS",
     "find_planner",
-    "keep_joint",
     "make_plan",
     "plan_bucket",
     "plan_dynacomm",

@@ -36,7 +36,7 @@ from dynacomm_async.schedule.plan import AnyPlan, Plan, PolicyPlan
 from dynacomm_async.schedule.planners.dynacomm import plan_dynacomm
 from dynacomm_async.schedule.timeline import lower_bound_ns
 
-__all__ = ["keep_joint", "plan_joint"]
+__all__ = ["plan_joint"]
 
 _SIZES = (140, 70, 100, 35, 200, 50, 300, 500, 1000)
 """Percent of the size that a simple argument suggests; the likeliest first: a good plan early
@@ -92,22 +92,6 @@ def plan_joint(costs: Costs, pause: Callable[[], object] = lambda: None) -> AnyP
     if costs.workers > 1:
         search.round_sizes()
     return search.choice
-
-
-def keep_joint(plan: AnyPlan, costs: Costs) -> AnyPlan:
-    """Return ``plan`` if it is still better than DynaComm's under new costs, else DynaComm's.
-
-    For use between full searches: one simulation and one plan.
-
-    Args:
-        plan: from :func:`plan_joint`, for the same layers.
-        costs: the newest.
-    """
-    if costs.half_duplex:
-        return replace(plan_dynacomm(costs), strategy="joint")
-    crossing = Crossing(costs)
-    plain = replace(plan_dynacomm(costs), strategy="joint")
-    return plan if crossing.step_ns(plan) < crossing.step_ns(plain) else plain
 
 
 class _Setting(NamedTuple):
@@ -188,7 +172,7 @@ class _Search:
         pull = replace(plan.pull, cap_nbytes=self._round(plan.pull.cap_nbytes))
         pushed = self._crossing.try_push(push, limit_ns)
         step_ns = None if pushed is None else self._crossing.try_pull(pull, pushed, limit_ns)
-        if step_ns is not None:
+        if step_ns is not None and self._is_clearly_better(step_ns):
             self.plan, self.step_ns = replace(plan, pull=pull, push=push), step_ns
 
     def _round(self, cap_nbytes: int | None) -> int | None:
@@ -202,8 +186,10 @@ class _Search:
     @property
     def choice(self) -> AnyPlan:
         """The best plan, or DynaComm's if it is about as good."""
-        clearly_ns = self._plain_ns * _CLEARLY_BETTER_PER_MILLE
-        return self.plan if 1000 * self.step_ns < clearly_ns else self._plain
+        return self.plan if self._is_clearly_better(self.step_ns) else self._plain
+
+    def _is_clearly_better(self, step_ns: int) -> bool:
+        return 1000 * step_ns < self._plain_ns * _CLEARLY_BETTER_PER_MILLE
 
     def _is_within(self, per_mille: int) -> bool:
         return 1000 * self.step_ns <= per_mille * self._bound_ns

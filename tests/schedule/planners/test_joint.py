@@ -17,7 +17,7 @@ from dynacomm_async.schedule import (
     lower_bound_ns,
     make_plan,
 )
-from dynacomm_async.schedule.planners import keep_joint, plan_joint
+from dynacomm_async.schedule.planners import plan_joint
 from dynacomm_async.schedule.whatif import with_speed
 from dynacomm_async.testing import search_crossing
 
@@ -164,12 +164,3 @@ def test_workers_whose_estimates_differ_a_little_mostly_choose_the_same_sizes() 
         caps = [p.push.cap_nbytes for p in plans if isinstance(p, PolicyPlan)]
         same += len(caps) == 2 and caps[0] == caps[1]
     assert same >= 20, same
-
-
-def test_a_plan_in_use_is_kept_for_as_long_as_it_beats_dynacomms() -> None:
-    costs = make_network(1)
-    plan = plan_joint(costs)
-    assert keep_joint(plan, costs) == plan
-    slower = replace(costs, overhead_up_ns=10**9, overhead_down_ns=10**9)
-    kept = keep_joint(plan, slower)
-    assert kept == replace(make_plan("dynacomm", slower), strategy="joint")
