@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -105,6 +107,36 @@ def test_a_large_network_computes_a_gradient_for_each_layer(name):
     for layer in network.layers:
         assert engine.gradients[offset : offset + layer.count].any(), layer.name
         offset += layer.count
+
+
+STEP = """
+import sys
+import numpy as np
+from dynacomm_async.models import build
+
+network = build(sys.argv[1])
+engine = network.bind(2, network.initialise(0))
+images = np.random.default_rng(0).standard_normal((2, *network.input_shape), dtype=np.float32)
+loss = engine.step(images, np.array([7, 993]), draw=(0, 0, 0))
+offset = 0
+for layer in network.layers:
+    part = engine.gradients[offset : offset + layer.count]
+    assert np.isfinite(part).all() and part.any(), layer.name
+    offset += layer.count
+print(loss)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
+def test_a_large_network_steps_at_its_own_size(name):
+    # In a process of its own: what it takes is given back at its end.
+    done = subprocess.run(
+        [sys.executable, "-c", STEP, name], capture_output=True, text=True, timeout=100
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    # New weights tell a thousand classes apart by chance only, give or take.
+    assert 3 < float(done.stdout) < 20
 
 
 def test_googlenet_descends_as_steep_as_its_gradient_says():
