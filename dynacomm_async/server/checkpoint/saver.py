@@ -32,7 +32,7 @@ class Saver:
     Attributes:
         failures: how many saves have failed.
         failures_in_a_row: of these, how many since the last good one.
-        last_error: why the last save failed; None if it did not.
+        last_error: why the last save failed, in a sentence; None if it did not.
         saved_step: step of the newest finished checkpoint, or None.
         replaced: states that were never saved because a newer one came while they waited.
     """
@@ -44,7 +44,7 @@ class Saver:
         self._on_saved = on_saved
         self.failures = 0
         self.failures_in_a_row = 0
-        self.last_error: Exception | None = None
+        self.last_error: str | None = None
         self.saved_step: int | None = None
         self.replaced = 0
         self._change = threading.Condition()
@@ -102,12 +102,13 @@ class Saver:
         except Exception as error:  # whatever it is, the next state must find a thread
             self.failures += 1
             self.failures_in_a_row += 1
-            self.last_error = error
+            # Not the error: its traceback would keep the state alive.
+            self.last_error = str(error) or type(error).__name__
             _log.error(
                 "the checkpoint of step %d was not saved (failure %d in a row): %s",
                 state.step,
                 self.failures_in_a_row,
-                error,
+                self.last_error,
             )
         else:
             self.failures_in_a_row = 0

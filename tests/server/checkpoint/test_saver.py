@@ -79,13 +79,28 @@ def test_a_failure_is_an_error_in_the_log_and_the_next_one_is_tried(draw_state, 
     )
 
 
+@pytest.mark.parametrize("failing", [[], [1]])
+def test_a_state_is_let_go_as_soon_as_its_save_has_ended(draw_state, failing):
+    disk = Held(failing)
+    saver = Saver(disk)
+    freed = threading.Event()
+    state = draw_state(1)
+    watched = weakref.ref(state.parameters, lambda _: freed.set())
+    saver.offer(state)
+    del state
+    assert watched() is not None
+    disk.go.release()
+    assert freed.wait(60)
+    assert saver.close(60) is not bool(failing)
+
+
 def test_closing_says_whether_the_last_state_is_safe(draw_state):
     disk = Held(failing=[1])
     saver = Saver(disk)
     saver.offer(draw_state(1))
     disk.go.release()
     assert saver.close(60) is False
-    assert "No space left" in str(saver.last_error)
+    assert "No space left" in saver.last_error
     with pytest.raises(RuntimeError, match="closed"):
         saver.offer(draw_state(2))
 
