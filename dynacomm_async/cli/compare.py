@@ -323,7 +323,7 @@ def print_comparison(found: Comparison) -> None:
 def _print_waits(found: Comparison) -> None:
     """Say who waits for whom in every step, where it is more than a tenth of it."""
     for name, entry in found.strategies.items():
-        slowest = entry["waits_s"].index(0.0)
+        slowest = entry["waits_s"].index(min(entry["waits_s"]))
         waits = [
             f"worker {worker} {seconds(wait_s)}"
             for worker, wait_s in enumerate(entry["waits_s"])

@@ -13,10 +13,10 @@ On a half-duplex link the directions take turns, message by message, while both 
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Sequence
-from itertools import accumulate
-from typing import NamedTuple
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
+from typing import Final, NamedTuple
 
 from dynacomm_async.ranges import Range
 from dynacomm_async.schedule.costs import Costs
@@ -29,7 +29,9 @@ from dynacomm_async.schedule.dispatch import (
 from dynacomm_async.schedule.layout import Layout
 from dynacomm_async.schedule.plan import AnyPlan, PolicyPlan, Segment
 
-__all__ = ["Crossing", "Sent"]
+__all__ = ["Crossing", "Sent", "lockstep_ns"]
+
+_SETTLING_STEPS: Final = 24
 
 
 class Sent(NamedTuple):
@@ -98,7 +100,17 @@ class Crossing:
 
     def pull(self, plan: AnyPlan, pushed: Sequence[Sent]) -> list[Sent]:
         """Return the parameter messages, in the order sent, after these gradients; likewise."""
-        return self._downlink.send(self._pull_rule(plan), self._applied(pushed))
+        return self.pull_when(plan, self.applied(pushed))
+
+    def pull_when(
+        self, plan: AnyPlan, ready: Sequence[tuple[int, tuple[Range, ...]]]
+    ) -> list[Sent]:
+        """Return the parameter messages if cells are ready at the server at these times."""
+        return self._downlink.send(self._pull_rule(plan), ready)
+
+    def applied(self, pushed: Sequence[Sent]) -> list[tuple[int, tuple[Range, ...]]]:
+        """Return when new parameters are ready at the server, if it waits for nobody else."""
+        return [(sent.end_ns + self._to_server_ns, sent.cells) for sent in pushed]
 
     def try_push(self, policy: Policy, limit_ns: int) -> list[Sent] | None:
         """Return the gradient messages that a policy makes; None: no step below the limit."""
@@ -109,7 +121,7 @@ class Crossing:
     def try_pull(self, policy: Policy, pushed: Sequence[Sent], limit_ns: int) -> int | None:
         """Return the step with parameters sent by a policy; None: it is not below the limit."""
         dispatcher = PriorityDispatcher(policy, self.layout)
-        sent = self._downlink.send(dispatcher, self._applied(pushed), limit_ns)
+        sent = self._downlink.send(dispatcher, self.applied(pushed), limit_ns)
         self.n_simulated += len(sent)
         end_ns = self.end_ns(sent)
         return end_ns if end_ns < limit_ns else None
@@ -170,7 +182,7 @@ class Crossing:
             now_ns += (self._uplink if up else self._downlink).occupied_ns(cells)
             (pushed if up else pulled).append(Sent(start_ns, now_ns, cells))
             if up:
-                applied += self._applied(pushed[-1:])
+                applied += self.applied(pushed[-1:])
             up_first = not up
         return pushed, pulled
 
@@ -184,13 +196,55 @@ class Crossing:
             return PriorityDispatcher(plan.pull, self.layout)
         return self._ordered(plan.pull, barrier=plan.barrier)
 
-    def _applied(self, pushed: Sequence[Sent]) -> list[tuple[int, tuple[Range, ...]]]:
-        """When new parameters are ready at the server."""
-        return [(sent.end_ns + self._to_server_ns, sent.cells) for sent in pushed]
-
     def _ordered(self, segments: Sequence[Segment], *, barrier: bool) -> OrderedDispatcher:
         messages = [(self.layout.layers_cells(s.first, s.last),) for s in segments]
         return OrderedDispatcher(messages, n_cells=self.layout.n_cells, barrier=barrier)
+
+
+def lockstep_ns(crossings: Sequence[Crossing], plans: Sequence[AnyPlan]) -> int:
+    """Return the step of workers who differ, once the offsets between them have settled.
+
+    The server has a cell's new value when every worker's gradient of it has arrived, so one's late
+    gradients and another's slow parameters add up: the step may be longer than that of any worker
+    alone. Takes up to 24 steps to settle, each O(K log K) for K messages of all workers.
+
+    Args:
+        crossings: one for each worker, full duplex, all with the same layers.
+        plans: what each follows.
+    """
+    pushed = [crossing.push(plan) for crossing, plan in zip(crossings, plans, strict=True)]
+    edges = sorted({edge for sent in pushed for cells in _cells_of(sent) for edge in cells})
+    starts_ns = [0] * len(crossings)
+    step_ns = 0
+    for _ in range(_SETTLING_STEPS):
+        ready = [0] * len(edges)
+        for crossing, sent, start_ns in zip(crossings, pushed, starts_ns, strict=True):
+            for at_ns, cells in crossing.applied(sent):
+                for first, count in cells:
+                    for place in range(
+                        bisect_left(edges, first), bisect_left(edges, first + count)
+                    ):
+                        ready[place] = max(ready[place], start_ns + at_ns)
+        runs = [
+            (at_ns, (Range(first, end - first),))
+            for at_ns, (first, end) in zip(ready, pairwise(edges), strict=False)
+        ]
+        runs.sort()
+        ends_ns = []
+        for crossing, plan, start_ns in zip(crossings, plans, starts_ns, strict=True):
+            own = [(at_ns - start_ns, cells) for at_ns, cells in runs]
+            ends_ns.append(start_ns + crossing.end_ns(crossing.pull_when(plan, own)))
+        before_ns, step_ns = step_ns, max(ends_ns) - max(starts_ns)
+        starts_ns = ends_ns
+        if step_ns == before_ns:
+            break
+    return step_ns
+
+
+def _cells_of(sent: Sequence[Sent]) -> Iterator[tuple[int, int]]:
+    for message in sent:
+        for first, count in message.cells:
+            yield first, first + count
 
 
 class _Link:

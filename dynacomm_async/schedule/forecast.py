@@ -1,7 +1,8 @@
 """What a run's step will be: every worker plans for itself, and the slowest sets the pace.
 
 Synchronous training joins all workers' gradients, so a step is over when the last worker's have
-arrived, and all begin the next one together. A worker that would be done earlier waits.
+arrived, and all begin the next one together. A worker that would be done earlier waits. Without a
+barrier workers wait for each other cell by cell, which may take longer than the slowest alone.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from dynacomm_async.schedule.costs import Costs
-from dynacomm_async.schedule.plan import AnyPlan
+from dynacomm_async.schedule.crossing import Crossing, lockstep_ns
+from dynacomm_async.schedule.plan import AnyPlan, is_crossing
 from dynacomm_async.schedule.timeline import LowerBound, evaluate, lower_bound_ns
 
 __all__ = ["Forecast", "bound_of_all_ns", "forecast", "split"]
@@ -22,23 +24,20 @@ class Forecast:
 
     Attributes:
         own_ns: what each worker's step would be if it trained alone; the table's own first.
+        step_ns: the step of all.
     """
 
     own_ns: tuple[int, ...]
-
-    @property
-    def step_ns(self) -> int:
-        """The step of all."""
-        return max(self.own_ns)
+    step_ns: int
 
     @property
     def slowest(self) -> int:
-        """Whom the others wait for; the first of equals."""
-        return self.own_ns.index(self.step_ns)
+        """Whom the others wait for most; the first of equals."""
+        return self.own_ns.index(max(self.own_ns))
 
     @property
     def waits_ns(self) -> tuple[int, ...]:
-        """How long each worker waits for the slowest in a step."""
+        """How long each worker waits for the others in a step."""
         return tuple(self.step_ns - own_ns for own_ns in self.own_ns)
 
 
@@ -49,7 +48,14 @@ def split(costs: Costs) -> tuple[Costs, ...]:
 
 def forecast(planner: Callable[[Costs], AnyPlan], costs: Costs) -> Forecast:
     """Return the step of a run whose workers all follow ``planner``, each for its own costs."""
-    return Forecast(tuple(evaluate(planner(own), own).step_ns for own in split(costs)))
+    tables = split(costs)
+    plans = [planner(own) for own in tables]
+    own_ns = tuple(evaluate(plan, own).step_ns for plan, own in zip(plans, tables, strict=True))
+    step_ns = max(own_ns)
+    apart = any(map(is_crossing, plans)) and not any(own.half_duplex for own in tables)
+    if len(tables) > 1 and apart:
+        step_ns = max(step_ns, lockstep_ns([Crossing(own) for own in tables], plans))
+    return Forecast(own_ns, step_ns)
 
 
 def bound_of_all_ns(costs: Costs) -> LowerBound:
