@@ -129,14 +129,16 @@ def list_names(path: Path) -> list[str]:
 def read_small(path: Path) -> bytes:
     """Return a small file's content."""
     with _doing("read", path), path.open("rb") as file:
-        return file.read(_SMALL_NBYTES)
+        # As much as there is: memory for the most that there could be costs time to get.
+        return file.read(min(os.fstat(file.fileno()).st_size, _SMALL_NBYTES))
 
 
 def measure_file(path: Path) -> FileRecord:
     """Return a file's size and hash, read from end to end."""
     digest, nbytes = hashlib.sha256(), 0
-    piece = memoryview(bytearray(_PIECE_NBYTES))
     with _doing("read", path), path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        piece = memoryview(bytearray(min(size, _PIECE_NBYTES) or 1))
         while count := file.readinto(piece):
             digest.update(piece[:count])
             nbytes += count
