@@ -299,16 +299,19 @@ def print_comparison(found: Comparison) -> None:
             "-".join(f"{1e3 * edge:.0f}" for edge in entry["interval_s"]),
             seconds(entry["predicted_s"]),
             seconds(entry["lower_bound_s"]),
-            f"{entry['hidden_fraction']:.0%}",
+            f"{entry['step_s'] / entry['lower_bound_s']:.2f}" if entry["lower_bound_s"] else "-",
+            f"{max(entry['hidden_fraction'], 0):.0%}",
         ]
         for name, entry in found.strategies.items()
     ]
-    header = ["strategy", "measured step", "95 % (ms)", "predicted step", "lower bound", "hidden"]
+    header = ["strategy", "measured step", "95 % sure (ms)", "predicted step", "lower bound"]
+    header += ["x bound", "hidden"]
     print(table(header, rows))
     costs = Costs.from_json(found.costs)
     compute_ns = sum(layer.forward_ns + layer.backward_ns for layer in costs.layers)
     print(
-        "hidden: the share of transfer that cost no time (below 0: waiting cost more than that);\n"
+        "x bound: how many times the measured step is as long as no schedule could go below;\n"
+        "hidden: the share of transfer that cost no time, waiting for other workers left out;\n"
         f"at most the {seconds(compute_ns / 1e9)} that a step computes can hide any"
     )
     if costs.others:

@@ -291,7 +291,7 @@ def _bound_lines(bound: LowerBound, summary: Summary | None = None) -> list[str]
         )
     return [
         line,
-        "no plan can be faster on this link with these layers, other workers left aside;",
+        "if the costs above are right, no plan is faster, other workers left aside;",
         f'bound "{bound.name}": {_BOUNDS[bound.name]}',
     ]
 

@@ -82,7 +82,7 @@ def test_a_comparison_of_few_strategies_prints_a_table(run, quick):
     # Ten steps on a busy machine may be too uneven to measure the link, and then it says so.
     assert outcome.err == "" or "its costs are guesses" in outcome.err
     names = [line.split()[0] for line in outcome.out.splitlines()]
-    assert names == ["strategy", "-" * 8, "bucket", "ibatch", "hidden:", "at", "parameters:"]
+    assert names == ["strategy", "-" * 8, "bucket", "ibatch", "x", "hidden:", "at", "parameters:"]
     assert "bit-identical under every strategy" in outcome.out
 
 

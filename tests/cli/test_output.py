@@ -183,4 +183,4 @@ def test_a_step_is_noted_with_what_is_known_of_it():
 
     assert step_notes(None) == []
     assert step_notes(0.05, account_for(1, **times)) == ["step 50.00 ms"]
-    assert step_notes(0.05, known) == ["step 50.00 ms", "hidden -20%", "1.47 x bound"]
+    assert step_notes(0.05, known) == ["step 50.00 ms", "hidden 0%", "1.47 x bound"]
