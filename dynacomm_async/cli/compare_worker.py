@@ -28,12 +28,12 @@ from dynacomm_async.cli.tracing import label_recorders
 from dynacomm_async.cli.workload import Workload, load_workload
 from dynacomm_async.observe import explain_layers, explain_link, explain_plan, explain_steps
 from dynacomm_async.schedule import (
-    CROSSING,
     Costs,
     Estimator,
     LinkObserved,
     Policy,
     PolicyPlan,
+    crosses,
     expect,
     make_plan,
     summarise,
@@ -168,7 +168,7 @@ async def _take_costs(
 
 def _make_plans(strategy: str, grid: Grid, estimator: Estimator) -> FixedPlan:
     n_layers = len(grid.layers)
-    if strategy not in CROSSING:
+    if not crosses(strategy):
         return FixedPlan(n_layers=n_layers)
     slices = Policy(grid.parameter_nbytes // _PROBE_MESSAGES + 1)
     return FixedPlan(n_layers=n_layers, probe=PolicyPlan("probe", n_layers, slices, slices))

@@ -13,12 +13,12 @@ from dynacomm_async.cli.timeline import draw_timeline
 from dynacomm_async.errors import ConfigError
 from dynacomm_async.observe import TimelineEntry, check_plotting, plot_timelines
 from dynacomm_async.schedule import (
-    CROSSING,
     PLANNERS,
     AnyPlan,
     Costs,
     Timeline,
     bound_of_all_ns,
+    crosses,
     evaluate,
     find_planner,
     forecast,
@@ -124,9 +124,9 @@ def describe_plan(strategy: str, costs: Costs) -> dict[str, Any]:
     bound = bound_of_all_ns(costs)
     return {
         "strategy": strategy,
-        **(_list_messages(plan, timeline) if strategy in CROSSING else plan.to_json()),
-        "forward_s": _seconds(None if strategy in CROSSING else timeline.forward_ns),
-        "backward_s": _seconds(None if strategy in CROSSING else timeline.backward_ns),
+        **(_list_messages(plan, timeline) if crosses(strategy) else plan.to_json()),
+        "forward_s": _seconds(None if crosses(strategy) else timeline.forward_ns),
+        "backward_s": _seconds(None if crosses(strategy) else timeline.backward_ns),
         "step_s": run.step_ns / 1e9,
         "wait_s": run.waits_ns[0] / 1e9,
         "lower_bound_s": bound.step_ns / 1e9,

@@ -206,7 +206,7 @@ def add_strategy_argument(parser: argparse.ArgumentParser) -> None:
         "--strategy",
         default=DEFAULT_STRATEGY,
         metavar="NAME",
-        help=f"{', '.join(PLANNERS)} (default: %(default)s)",
+        help=f"{', '.join(PLANNERS)}; priority:256k sets its slices (default: %(default)s)",
     )
 
 

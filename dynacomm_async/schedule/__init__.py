@@ -37,6 +37,7 @@ from dynacomm_async.schedule.plan import (
 from dynacomm_async.schedule.planners import (
     CROSSING,
     PLANNERS,
+    crosses,
     find_planner,
     make_plan,
 )
@@ -79,6 +80,7 @@ __all__ = [
     "WorkerReport",
     "account_for",
     "bound_of_all_ns",
+    "crosses",
     "cut_segments",
     "evaluate",
     "expect",

@@ -12,6 +12,7 @@ from dynacomm_async.schedule.planners.sequential import plan_sequential
 from dynacomm_async.schedule.planners.table import (
     CROSSING,
     PLANNERS,
+    crosses,
     find_planner,
     make_plan,
 )
@@ -19,6 +20,7 @@ from dynacomm_async.schedule.planners.table import (
 __all__ = [
     "CROSSING",
     "PLANNERS",
+    "crosses",
     "find_planner",
     "make_plan",
     "plan_bucket",

@@ -1,11 +1,20 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
 
 from dynacomm_async.errors import ConfigError
-from dynacomm_async.schedule import CROSSING, PLANNERS, Costs, evaluate, make_plan
+from dynacomm_async.schedule import (
+    CROSSING,
+    PLANNERS,
+    Costs,
+    crosses,
+    evaluate,
+    find_planner,
+    make_plan,
+)
 
 WITH_BARRIER = ["sequential", "layerwise", "ibatch", "bucket", "dynacomm"]
 
@@ -45,3 +54,22 @@ def test_an_unknown_strategy_is_refused_with_the_names_there_are(
         make_plan("dynacom", make_costs(1))
     with pytest.raises(ConfigError, match=r"'xyz'.*sequential, layerwise.*joint$"):
         make_plan("xyz", make_costs(1))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "nbytes"),
+    [("priority", 4 * 2**20), ("priority:65536", 65536), ("priority:256k", 2**18)],
+)
+def test_the_size_of_prioritys_slices_is_part_of_its_name(
+    strategy: str, nbytes: int, make_costs: Callable[..., Costs]
+) -> None:
+    plan = make_plan(strategy, make_costs(1))
+    assert plan.push.cap_nbytes == nbytes  # type: ignore[union-attr]
+    assert crosses(strategy)
+    assert not crosses("dynacomm")
+
+
+@pytest.mark.parametrize("strategy", ["priority:", "priority:0", "priority:1g", "joint:4k"])
+def test_a_size_that_is_none_is_refused_with_examples(strategy: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(repr(strategy))):
+        find_planner(strategy)
