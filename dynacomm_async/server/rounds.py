@@ -11,8 +11,8 @@ That is where members come in. One who leaves in the middle of a step shrinks th
 complete yet: they become the mean of what has arrived, and :meth:`Rounds.contributors` says of
 whom. One who is *held* is waited for instead, until a replacement takes the slot or the caller,
 who has the clock, gives up and calls :meth:`Rounds.leave`. The replacement needs all of v too, so
-that takes a *barrier*: nothing is complete before all is. With a *quorum* of k, the first k whole
-contributions of a step count, behind the same barrier.
+it must come before a cell is complete, which a *barrier* puts off: nothing is complete before all
+is. With a *quorum* of k, the first k whole contributions of a step count, behind the same barrier.
 
 :class:`StaleRounds` has no common step: whatever arrives is applied, each member has a clock that
 counts its own steps, and nobody is more than the bound ahead of the slowest.
@@ -94,6 +94,11 @@ class Rounds:
             return max(0, self._quorum - len(self._live.union(self._whole)))
         return int(not self._live and not any(self._n_arrived))
 
+    @property
+    def replaceable(self) -> bool:
+        """Whether a replacement can still take part in this step: no cell is complete."""
+        return self.upcoming is None
+
     def takes_part(self, slot: int, step: int) -> bool:
         """Whether a member is in ``slot`` that this step, or the next, is to be sent to."""
         if slot not in self._present or slot in self._held:
@@ -105,25 +110,28 @@ class Rounds:
     def enter(self, slot: int) -> None:
         """Let a new member into a free or held slot.
 
-        A held slot's step is open: the replacement takes part at once, and computes the whole step
-        anew; what its predecessor had pushed is forgotten, unless it was everything. With a quorum
-        any newcomer comes into the open step like that. Else it takes part from the next step of
-        which nothing has been sent, or at once where nobody else takes part and nothing has come.
+        Into a held one it comes at once, and computes the whole step anew: what its predecessor
+        had pushed is forgotten, unless it was everything. With a quorum any newcomer comes into
+        the open step like that. Else it takes part from the next step of which nothing has been
+        sent, or at once where nobody else takes part and nothing has come.
 
         Raises:
-            LocalProtocolError: the slot is taken.
+            LocalProtocolError: the slot is taken, or held in a step that is not replaceable.
         """
         if slot in self._present and slot not in self._held:
             raise LocalProtocolError(f"slot {slot} is taken")
         whole = self._n_arrived[slot] == len(self._owed)
         if slot in self._held:
+            owes = slot in self._live and not whole
+            if owes and not self.replaceable:
+                raise LocalProtocolError(
+                    f"cells of step {self.step} have changed: it is too late to replace slot {slot}"
+                )
             self._held.remove(slot)
-            if slot not in self._live:
-                return
-            if whole:
-                self._live.remove(slot)
-            else:
+            self._live.discard(slot)
+            if owes:
                 self._forget(slot)
+                self._live.add(slot)
             return
         self._present.add(slot)
         if self._quorum is not None:
@@ -137,11 +145,11 @@ class Rounds:
         """The member is lost: wait for its replacement. One that takes no part yet just leaves.
 
         Raises:
-            LocalProtocolError: nobody is in the slot, or there is no barrier.
+            LocalProtocolError: nobody is in the slot, or there is a quorum.
         """
         self._check_present(slot)
-        if not self._barrier and self._quorum is None:
-            raise LocalProtocolError("without a barrier no replacement can be waited for")
+        if self._quorum is not None:
+            raise LocalProtocolError("a quorum waits for nobody in particular")
         if slot in self._live or slot in (self.upcoming or ()):
             self._held.add(slot)
         else:

@@ -294,9 +294,23 @@ def test_leaving_after_the_step_is_complete_completes_nothing_again():
     assert rounds.leave(1) == []
 
 
-def test_without_a_barrier_nobody_can_be_waited_for():
-    with pytest.raises(LocalProtocolError, match="without a barrier"):
-        Rounds(4, 2).hold(0)
+def test_without_a_barrier_a_replacement_must_come_before_a_cell_has_changed():
+    rounds = Rounds(4, 2)
+    rounds.push(1, 0, [Range(0, 2)])
+    rounds.hold(1)
+    assert rounds.replaceable
+    assert rounds.push(0, 0, [Range(0, 1)]) == [Range(0, 1)]
+    assert not rounds.replaceable
+
+    with pytest.raises(LocalProtocolError, match="too late to replace slot 1"):
+        rounds.enter(1)
+    assert rounds.leave(1) == []
+    assert rounds.push(0, 0, [Range(1, 3)]) == [Range(1, 3)]
+
+
+def test_a_quorum_holds_no_slot():
+    with pytest.raises(LocalProtocolError, match="waits for nobody in particular"):
+        Rounds(4, 2, quorum=1).hold(0)
 
 
 def test_the_first_whole_contributions_make_a_quorum_and_the_others_are_to_skip():

@@ -26,7 +26,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from dynacomm_async.errors import RemoteProtocolError
+from dynacomm_async.errors import LocalProtocolError, RemoteProtocolError
 from dynacomm_async.ranges import Range
 from dynacomm_async.server.roster import Roster
 from dynacomm_async.server.rounds import Rounds, StaleRounds
@@ -116,6 +116,10 @@ class Model:
         """Whether a member in the slot is to push in this step."""
         return slot in self.owing and slot not in self.held
 
+    def comes_too_late(self, slot):
+        owes = slot in self.held & self.owing and len(self.pushed[slot]) < N_CELLS
+        return owes and bool(self.complete)
+
     def enter(self, slot):
         everything = len(self.pushed[slot]) == N_CELLS
         if slot in self.held:
@@ -200,6 +204,11 @@ class Synchronous(RuleBasedStateMachine):
     @rule(data=st.data())
     def join(self, data):
         slot = self.slot_of(data, set(range(self.model.n_slots)) - set(self.seats))
+        if self.model.comes_too_late(slot):
+            assert not self.rounds.replaceable
+            with pytest.raises(LocalProtocolError, match="too late to replace"):
+                self.rounds.enter(slot)
+            return
         seat = self.roster.join(slot)
         assert seat.term > max((old.term for old in self.former), default=0)
         self.seats[slot] = seat
@@ -217,7 +226,7 @@ class Synchronous(RuleBasedStateMachine):
                 self.contributions[slot, cells_of(message.ranges)[::2]] = np.nan
         self.roster.leave(seat)
         self.former.append(seat)
-        if self.mode == "wait":
+        if self.mode != "quorum" and data.draw(st.booleans(), label="waits"):
             self.rounds.hold(slot)
             self.model.hold(slot)
         else:
@@ -234,10 +243,10 @@ class Synchronous(RuleBasedStateMachine):
         self.crash(data)
         self.join(data)
 
-    @precondition(lambda self: self.rounds.waiting)
+    @precondition(lambda self: self.model.held)
     @rule(data=st.data())
     def give_up_waiting(self, data):
-        slot = self.slot_of(data, self.rounds.waiting)
+        slot = self.slot_of(data, self.model.held)
         self.take(self.rounds.leave(slot), self.model.leave(slot))
 
     @precondition(lambda self: self.seats)
