@@ -25,6 +25,7 @@ ARROWS = {
     "addresses": {"errors"},
     "cluster": {"errors", "addresses"},
     "recording": {"errors"},
+    "failpoints": {"errors"},
     "schedule": {"errors", "ranges"},
     "nn": {"errors"},
     "optim": {"errors"},
@@ -33,10 +34,13 @@ ARROWS = {
     "wire": {"errors", "ranges"},
     "transport": {"wire", "errors", "addresses", "recording"},
     "link": {"errors", "addresses", "recording", "wire.frame"},
-    "server": {"transport", "wire", "schedule", "optim", "errors", "ranges", "recording"},
+    "server": {
+        *("transport", "wire", "schedule", "optim"),
+        *("errors", "ranges", "recording", "failpoints"),
+    },
     "worker": {
         *("transport", "wire", "schedule", "nn", "models", "data"),
-        *("errors", "ranges", "recording"),
+        *("errors", "ranges", "recording", "failpoints"),
     },
     "adapters": {"worker", "transport", "wire", "schedule", "errors", "ranges"},
     "observe": {"schedule", "errors", "ranges", "recording"},

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import socket
+from contextlib import nullcontext
 from pathlib import Path
 
 from dynacomm_async.addresses import Address, parse_address
+from dynacomm_async.cli.keeping import add_fault_arguments, open_checkpoints, server_options
 from dynacomm_async.cli.output import (
     Progress,
     check_writable,
@@ -32,7 +35,7 @@ from dynacomm_async.cli.workload import (
 )
 from dynacomm_async.models import save_run
 from dynacomm_async.recording import Recorder
-from dynacomm_async.server import ParameterServer, RunResult, StepRecord
+from dynacomm_async.server import Checkpoints, ParameterServer, RunResult, StepRecord
 from dynacomm_async.worker import DEFAULT_PORT, layer_specs
 
 __all__ = ["add_arguments", "add_init_argument", "add_output_arguments", "command"]
@@ -58,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--run", metavar="ID", help="id of the run (default: random)")
     add_init_argument(parser)
+    add_fault_arguments(parser)
     add_own_trace_argument(parser)
     add_output_arguments(parser)
     parser.add_argument("--events", action="store_true", help=argparse.SUPPRESS)
@@ -92,7 +96,11 @@ def command(args: argparse.Namespace) -> int:
         settings = settings_of(args, args.strategy)
         workload = load_workload(settings)
         steps = steps_of(args, workload)
-        result = run(_serve(args, settings, workload, steps, recorder))
+        with open_checkpoints(args) or nullcontext() as checkpoints:
+            result = run(_serve(args, settings, workload, steps, recorder, checkpoints))
+    if isinstance(result, int):
+        _print_drained(args, result)
+        return 0
     accuracy = workload.accuracy(result.parameters, result.statistics)
     if args.save is not None:
         save_run(
@@ -108,7 +116,9 @@ async def _serve(
     workload: Workload,
     steps: int,
     recorder: Recorder | None,
-) -> RunResult:
+    checkpoints: Checkpoints | None,
+) -> RunResult | int:
+    """Return the result, or the step at which a signal has stopped the run."""
     initial, initial_statistics = workload.initial(args.init)
     progress = Progress("step", steps, log=not args.events)
     before: StepRecord | None = None
@@ -136,6 +146,7 @@ async def _serve(
         insecure=args.insecure,
         on_step=on_step,
         recorder=recorder,
+        **server_options(args, checkpoints),
     ) as server:
         if args.events:
             emit("listening", address=str(server.address))
@@ -148,8 +159,21 @@ async def _serve(
             )
         try:
             return await server.finished()
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if checkpoints is None or task is None:
+                raise
+            task.uncancel()  # from here on a second signal aborts
+            return await server.drain()
         finally:
             progress.close()
+
+
+def _print_drained(args: argparse.Namespace, step: int) -> None:
+    if args.json or args.events:
+        print_json({"steps": step, "drained": True})
+    else:
+        print(f"stopped at step {step}; the same command with --resume goes on from there")
 
 
 def _reachable(address: Address) -> Address:
@@ -159,21 +183,22 @@ def _reachable(address: Address) -> Address:
 
 
 def _print_result(args: argparse.Namespace, result: RunResult, accuracy: float) -> None:
+    loss = result.losses[-1] if result.losses else None  # none after resuming a run that was over
     summary = {
         "steps": result.steps,
         "parameters_sha256": result.parameters_sha256,
-        "loss": result.losses[-1],
+        "loss": loss,
         "test_accuracy": accuracy,
     }
     if not args.events:
-        say_if_diverged(result.losses[-1])
+        say_if_diverged(loss)
     if args.events:
         emit("result", **summary)
     elif args.json:
         print_json(summary)
     else:
         print(
-            f"{result.steps} steps, loss {decimal(result.losses[-1])}, "
+            f"{result.steps} steps, loss {decimal(loss)}, "
             f"test accuracy {accuracy:.4f}, "
             f"parameters sha256 {result.parameters_sha256[:16]}"
         )

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 from dynacomm_async.addresses import parse_address
 from dynacomm_async.cli.children import Children, Event
+from dynacomm_async.cli.keeping import add_fault_arguments, fault_options
 from dynacomm_async.cli.links import Fleet, add_fleet_arguments, fleet_from, start_links
 from dynacomm_async.cli.output import Progress, check_writable, decimal, print_json
 from dynacomm_async.cli.serve import add_init_argument, add_output_arguments
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="at the end, say where the time of each worker's step went",
     )
     add_init_argument(parser)
+    add_fault_arguments(parser)
     add_trace_argument(parser)
     add_output_arguments(parser)
 
@@ -185,6 +187,8 @@ def _serve_options(args: argparse.Namespace, strategy: str, steps: int) -> list[
         options.append(f"--augment={args.augment}")
     if getattr(args, "init", None) is not None:
         options.append(f"--init={args.init}")
+    if hasattr(args, "absence"):
+        options += fault_options(args)
     if getattr(args, "save", None) is not None:
         options.append(f"--save={args.save}")
     return options

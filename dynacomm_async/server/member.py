@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from time import monotonic_ns
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from dynacomm_async.errors import DynaCommError, PlanError, RemoteProtocolError
 from dynacomm_async.ranges import Range
@@ -17,12 +17,14 @@ from dynacomm_async.schedule.dispatch import (
 )
 from dynacomm_async.schedule.layout import Layout
 from dynacomm_async.transport.channel import Channel
+from dynacomm_async.transport.pulse import Pulse
 from dynacomm_async.wire.decoder import Arrival, Received
 from dynacomm_async.wire.grid import Grid
 from dynacomm_async.wire.messages import (
     End,
     Error,
     Gradients,
+    Have,
     Heartbeat,
     Hello,
     Initial,
@@ -30,18 +32,35 @@ from dynacomm_async.wire.messages import (
     Leave,
     Message,
     Parameters,
+    Resume,
     Subscription,
     Timing,
     Welcome,
 )
 
-__all__ = ["Member", "Refusal", "Run"]
+__all__ = ["Comeback", "Member", "Refusal", "Run"]
 
 _GOODBYE_S = 1.0
 """How long a peer may take to hear why the connection ends."""
 
 _END_S = 120.0
 """How long a peer may take to receive what is in socket buffers and leave: slow links need time."""
+
+
+class Comeback(NamedTuple):
+    """What a member takes up its place with.
+
+    Attributes:
+        grid: the cells of the model.
+        have: what has arrived of its gradients; None, or nothing: they are all to come.
+        ready: parameter cells that exist in the version that it subscribes to.
+        ending: what to say once it has got the rest; None: training goes on.
+    """
+
+    grid: Grid
+    have: Have | None = None
+    ready: Sequence[Range] = ()
+    ending: End | None = None
 
 
 class Run(Protocol):
@@ -51,8 +70,12 @@ class Run(Protocol):
         """Hold a rank for a stranger; raises :class:`Refusal`."""
         ...
 
-    def join(self, member: Member, join: Join) -> Grid:
+    def join(self, member: Member, join: Join) -> Comeback:
         """Take a greeted stranger in; raises :class:`Refusal`."""
+        ...
+
+    def resume(self, member: Member, resume: Resume) -> Comeback:
+        """Take a member back; raises RemoteProtocolError."""
         ...
 
     def place(self, member: Member, message: Initial | Gradients) -> Sequence[memoryview]:
@@ -101,6 +124,9 @@ class Member:
     Attributes:
         slot: its rank, or None before the welcome.
         joined: whether it has taken its place.
+        resumed: whether it was here before, over another connection.
+        said_leave: whether it has left in order.
+        said_end: whether everything has been sent to it, up to the end of the run.
         subscribed: the version of its latest subscription.
     """
 
@@ -117,10 +143,16 @@ class Member:
         self.slot: int | None = None
         self.joined = False
         self.subscribed = -1
+        self.resumed = False
         self.said_leave = False
+        self.said_end = False
         self._grid: Grid | None = None
         self._greeting: Welcome | None = None  # still to be sent, like the next one
+        self._have: Have | None = None
         self._answer: Heartbeat | None = None
+        self._pulse: Pulse | None = None
+        self._silence_ms = 0
+        self._sending = False
         self._dispatcher: Dispatcher | None = None
         self._timing: Timing | None = None
         self._arrivals: list[tuple[int, int, int]] = []
@@ -181,6 +213,8 @@ class Member:
     def handle(self, received: Received) -> None:
         """Take a complete message."""
         message = received.message
+        if self._pulse is not None:
+            self._pulse.heard()
         try:
             if isinstance(message, Gradients):
                 self._take_gradients(message, received.arrival)
@@ -191,12 +225,17 @@ class Member:
                     self._wake.set()
             elif isinstance(message, Hello):
                 self._greeting = self._run.greet(self, message)
+                self._silence_ms = self._greeting.silence_ms
+                self.resumed = self._greeting.resumed
                 self._wake.set()
                 self._disarm()
                 loop = asyncio.get_running_loop()
                 self._deadline = loop.call_later(self._join_deadline_s, self._expire, "join")
             elif isinstance(message, Join):
-                self._take_join(message)
+                self._take_place(message.subscription, (), self._run.join(self, message))
+            elif isinstance(message, Resume):
+                subscription, has = message.subscription, message.has
+                self._take_place(subscription, has, self._run.resume(self, message))
             elif isinstance(message, Initial):
                 self._run.initial_arrived(self, message)
             elif isinstance(message, Leave):
@@ -209,6 +248,8 @@ class Member:
     def lost(self, error: DynaCommError) -> None:
         """The channel is over."""
         self._disarm()
+        if self._pulse is not None:
+            self._pulse.stop()
         self._downlink.cancel()
         if not self._over.done():
             self._over.set_result(None)
@@ -216,21 +257,37 @@ class Member:
 
     # -- the rest --
 
-    def _take_join(self, join: Join) -> None:
-        self._grid = self._run.join(self, join)
+    def _take_place(
+        self, subscription: Subscription, has: Sequence[Range], comeback: Comeback
+    ) -> None:
+        self._grid = comeback.grid
         self.joined = True
         self._disarm()
-        self.subscribe(join.subscription)
+        self.subscribe(subscription, has)
+        have = comeback.have
+        if have is not None and (self.resumed or have.has):
+            self._have = have
+        for cells in comeback.ready:
+            self.cells_ready(cells, subscription.version)
+        self._ending = self._ending or comeback.ending
+        self._pulse = Pulse(self.channel, self._silence_ms / 1000, self._beat)
+        self._wake.set()
 
-    def subscribe(self, subscription: Subscription) -> None:
-        """Plan what goes down for a version.
+    def _beat(self) -> None:
+        """Nothing has been sent for a while: say that this end is there."""
+        if not self._sending and self._answer is None:
+            self._answer = Heartbeat(0, True, monotonic_ns())
+            self._wake.set()
+
+    def subscribe(self, subscription: Subscription, has: Sequence[Range] = ()) -> None:
+        """Plan what goes down for a version, without the cells that the worker has.
 
         Raises:
             RemoteProtocolError: the plan does not cover every parameter cell once.
         """
         assert self._grid is not None
         try:
-            self._dispatcher = _downlink(subscription, self._grid)
+            self._dispatcher = _downlink(subscription, self._grid, has)
         except PlanError as error:
             raise RemoteProtocolError(f"subscription: {error}") from None
         self.channel.limit_ahead(
@@ -279,9 +336,14 @@ class Member:
                     await self._wake.wait()
                     self._wake.clear()
                     continue
+                self._sending = True
                 await self.channel.send(message, payload, back_to_back=busy)
+                self._sending = False
+                if self._pulse is not None:
+                    self._pulse.sent()
                 busy = True
                 if isinstance(message, End | Error):
+                    self.said_end = isinstance(message, End)
                     break
             await self._say_goodbye(_END_S if isinstance(message, End) else _GOODBYE_S)
         except DynaCommError:
@@ -302,6 +364,9 @@ class Member:
         if self._greeting is not None:
             greeting, self._greeting = self._greeting, None
             return greeting, ()
+        if self._have is not None:
+            have, self._have = self._have, None
+            return have, ()
         if self._answer is not None:
             answer, self._answer = self._answer, None
             return answer, ()
@@ -327,18 +392,20 @@ class Member:
             self.channel.abort()
 
 
-def _downlink(subscription: Subscription, grid: Grid) -> Dispatcher:
-    """Return the rule that a worker has asked for.
+def _downlink(subscription: Subscription, grid: Grid, has: Sequence[Range]) -> Dispatcher:
+    """Return the rule that a worker has asked for, without what it has already.
 
     Raises:
         PlanError: it is none, or does not cover every parameter cell once.
     """
+    n_cells = grid.n_parameter_cells
+    if any(first + count > n_cells for first, count in has):
+        raise PlanError(f"the worker has cells that the model has not: {n_cells} hold parameters")
     if subscription.policy is not None:
         layout = Layout(4 * layer.count for layer in grid.layers)
-        return PriorityDispatcher(Policy(*subscription.policy), layout)
-    n_cells = grid.n_parameter_cells
+        return PriorityDispatcher(Policy(*subscription.policy), layout, has)
     dispatcher = OrderedDispatcher(
-        subscription.messages, n_cells=n_cells, barrier=subscription.barrier
+        subscription.messages, n_cells=n_cells, barrier=subscription.barrier, skip=has
     )
     covered = sum(cells.count for message in subscription.messages for cells in message)
     if covered != n_cells:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from time import monotonic_ns
 from types import TracebackType
 from typing import Any
@@ -15,16 +15,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dynacomm_async.errors import (
+    ChannelError,
     ConfigError,
     DynaCommError,
     PeerError,
     RemoteProtocolError,
 )
+from dynacomm_async.failpoints import failpoint
 from dynacomm_async.ranges import Range
 from dynacomm_async.recording import Recorder, Updated
-from dynacomm_async.server.member import Member, Refusal
+from dynacomm_async.server.boundary import Boundary
+from dynacomm_async.server.checkpoint import Checkpoints, CheckpointState
+from dynacomm_async.server.member import Comeback, Member, Refusal
+from dynacomm_async.server.places import Place, Places
+from dynacomm_async.server.results import RunResult, StepRecord
 from dynacomm_async.server.rounds import Rounds
-from dynacomm_async.server.store import Store, Training, parameters_sha256
+from dynacomm_async.server.saving import Saving, check_settings, name_rule
+from dynacomm_async.server.store import Store, Training
 from dynacomm_async.transport import Address, Channel, TcpListener, listen, parse_address
 from dynacomm_async.transport.channel import Handler
 from dynacomm_async.transport.recorded import RecordedChannel
@@ -35,9 +42,12 @@ from dynacomm_async.wire.messages import (
     End,
     Error,
     Gradients,
+    Have,
     Hello,
     Initial,
     Join,
+    Membership,
+    Resume,
     Welcome,
     decode,
     encode,
@@ -45,57 +55,23 @@ from dynacomm_async.wire.messages import (
 
 __all__ = ["ParameterServer", "RunResult", "StepRecord"]
 
+_log = logging.getLogger("dynacomm_async.server")
+
 Floats = NDArray[np.float32]
 
 _STOP_S = 1.2
 """How long connections may take to hear that the server stops."""
 
+_LAST_S = 5.0
+"""How long to wait for a member that was lost when all had been sent to it: it may have got it."""
+
+_SAVE_S = 8.0
+"""How long a server that stops may take to finish its last checkpoint."""
+
+_LONGEST_S = 1e6
+
 _TURN_CELLS = 64
 """Cells (1 MiB) that are updated before the event loop gets a turn."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepRecord:
-    """One finished step.
-
-    Attributes:
-        index: from 0.
-        loss: mean of the workers' losses, in rank order, or None if one did not report.
-        images: samples that all workers used in the step.
-        ended_ns: monotonic clock.
-    """
-
-    index: int
-    loss: float | None
-    images: int
-    ended_ns: int
-
-
-@dataclass(frozen=True, slots=True)
-class RunResult:
-    """A finished run.
-
-    Attributes:
-        steps: updates of the model.
-        parameters: (n,) float32, forward order; the caller's own copy.
-        statistics: (m,) float32 running statistics; the caller's own copy.
-        records: one for each step.
-    """
-
-    steps: int
-    parameters: Floats
-    statistics: Floats
-    records: tuple[StepRecord, ...]
-
-    @property
-    def parameters_sha256(self) -> str:
-        """Hash of the parameters' bytes."""
-        return parameters_sha256(self.parameters)
-
-    @property
-    def losses(self) -> list[float | None]:
-        """Loss of each step."""
-        return [record.loss for record in self.records]
 
 
 class ParameterServer:
@@ -119,12 +95,24 @@ class ParameterServer:
         run: id of the run; workers that name another one are refused. Random by default.
         listen: where; port 0 lets the kernel choose one.
         insecure: allow listening where other machines can reach it. There is no authentication.
-        on_step: called on the event loop after each step.
+        on_step: called on the event loop after each step; after a restart from a checkpoint some
+            steps come again.
+        heartbeat_s: a connection over which nothing has come for so long is lost; both ends of it
+            see to it that something does. The workers are told. A slow link is no silence: 16 KiB
+            in that time are enough.
+        absence_s: how long a member whose connection was lost keeps its place. Training waits for
+            it meanwhile; then the run ends with ``worker-lost``. 0: at once.
+        checkpoints: where checkpoints go; None makes none. The caller closes them.
+        checkpoint_every: steps from one checkpoint to the next. The beginning and the end are
+            saved too.
+        resume: go on from the newest good checkpoint, if there is one. Workers that were there go
+            back to its step by themselves.
         recorder: takes down what this server does and when; None records nothing.
 
     Raises:
         ConfigError: arguments that cannot work, or settings that cannot be sent; raised by
-            ``async with`` for the address.
+            ``async with`` for the address, and for checkpoints of another run.
+        CheckpointError: by ``async with``: there are checkpoints, and none can be trusted.
         ShapeError: ``initial`` does not fit the layers.
     """
 
@@ -143,6 +131,11 @@ class ParameterServer:
         insecure: bool = False,
         on_step: Callable[[StepRecord], None] | None = None,
         recorder: Recorder | None = None,
+        heartbeat_s: float = 15.0,
+        absence_s: float = 120.0,
+        checkpoints: Checkpoints | None = None,
+        checkpoint_every: int = 100,
+        resume: bool = False,
     ) -> None:
         if workers < 1:
             raise ConfigError(f"{workers} workers, expected at least 1")
@@ -150,7 +143,12 @@ class ParameterServer:
             raise ConfigError(f"{steps} steps, expected at least 1")
         if layers is None and initial is not None:
             raise ConfigError("initial parameters without a layer table: pass layers too")
+        if not 0 < heartbeat_s < _LONGEST_S or not 0 <= absence_s < _LONGEST_S:
+            raise ConfigError(
+                f"heartbeat_s is {heartbeat_s}, absence_s {absence_s}, expected seconds"
+            )
         self.run = run or secrets.token_hex(8)
+        self._run_is_given = run is not None
         self.steps = steps
         self.workers = workers
         self._training = training or Training.plain()
@@ -172,9 +170,15 @@ class ParameterServer:
         if initial is None and initial_statistics is not None:
             raise ConfigError("initial statistics without initial parameters: pass both")
         self._listener: TcpListener | None = None
-        self._members: dict[int, Member] = {}  # by slot
+        self._places = Places(workers)
         self._connections: set[Member] = set()
-        self._term = 0
+        self._heartbeat_s = heartbeat_s
+        self._absence_s = absence_s
+        self._incarnation = secrets.randbits(31)  # no life that left no trace had the same
+        self._saving = None if checkpoints is None else Saving(checkpoints, checkpoint_every)
+        self._resume = resume
+        self._boundary: Boundary | None = None  # where there are checkpoints
+        self._began: asyncio.Task[None] | None = None
         self._kernels: str | None = None
         self._training_began = False
         self._reports: dict[int, tuple[float | None, int]] = {}  # by slot, of this step
@@ -182,6 +186,7 @@ class ParameterServer:
         self._all_pushed_ns = 0
         self._records: list[StepRecord] = []
         self._complete: deque[Range] = deque()
+        self._applied: list[Range] = []  # cells that are at the next version already
         self._work = asyncio.Event()
         self._apply_task: asyncio.Task[None] | None = None
         self._result: asyncio.Future[RunResult] | None = None
@@ -190,9 +195,11 @@ class ParameterServer:
 
     async def __aenter__(self) -> ParameterServer:
         self._result = asyncio.get_running_loop().create_future()
+        if self._saving is not None:
+            await self._go_on(self._saving)
         self._listener = await listen(self._accept, self._listen_at, insecure=self._insecure)
         self._apply_task = asyncio.create_task(self._apply_all(), name="apply")
-        self._apply_task.add_done_callback(self._applying_ended)
+        self._apply_task.add_done_callback(self._task_ended)
         return self
 
     async def __aexit__(
@@ -207,8 +214,40 @@ class ParameterServer:
         if not self._ended:
             self._fail(Error("server-stopped", "the server was stopped before the run ended"))
         await asyncio.gather(*(member.wait_closed(_STOP_S) for member in list(self._connections)))
+        for place in list(self._places):
+            self._places.release(place.slot)
+        tasks = [task for task in (self._apply_task, self._began) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._saving is not None:
+            await self._saving.close(_SAVE_S)
+
+    async def drain(self) -> int:
+        """Stop in order: go back to the last step boundary, save it, and tell the workers.
+
+        :meth:`finished` raises ``server-draining`` then. Without checkpoints nothing is saved, and
+        leaving the ``async with`` block says ``server-stopped``.
+
+        Returns:
+            the step that the run can be resumed from.
+
+        Raises:
+            CheckpointError: the checkpoint was not saved.
+        """
+        assert self._apply_task is not None
         self._apply_task.cancel()
         await asyncio.gather(self._apply_task, return_exceptions=True)
+        saving = self._saving
+        if saving is None or self._boundary is None or self._ended:
+            return self._step
+        self._boundary.restore()
+        if not self._finishing:
+            text = f"the server stops at step {self._step}; it may be started again to go on there"
+            self._fail(Error("server-draining", text))
+        saving.offer(self._state().copy())
+        await saving.close(_SAVE_S)
+        return self._step
 
     @property
     def address(self) -> Address:
@@ -254,36 +293,61 @@ class ParameterServer:
         store = self._store
         if store is not None and hello.fingerprint is not None:
             self._check_fingerprint(store.grid, hello.fingerprint)
-        if self._ended or self._finishing:
+        if self._ended:
             raise Refusal("run-over", "this run has ended; start the server again for another")
-        free = [slot for slot in range(self.workers) if slot not in self._members]
-        if not free or self._training_began:
+        place = None if hello.member is None else self._come_back(member, hello.member)
+        resumed = place is not None and self._training_began
+        if self._finishing and place is None:
+            raise Refusal("run-over", "this run has ended; start the server again for another")
+        if place is None:
+            place = self._place_newcomer(member, hello.member)
+        member.slot = place.slot
+        failpoint("server.greeted")
+        return Welcome(
+            protocol=PROTOCOL_VERSION,
+            run=self.run,
+            slot=place.slot,
+            term=place.term,
+            workers=self.workers,
+            layers=None if store is None else store.grid.layers,
+            version=self._step,
+            steps=self.steps,
+            upload=self._uploads(member),
+            settings=self._settings,
+            incarnation=self._incarnation,
+            resumed=resumed,
+            silence_ms=max(1, round(1000 * self._heartbeat_s)),
+        )
+
+    def _come_back(self, member: Member, claimed: Membership) -> Place | None:
+        place = self._places.come_back(claimed, member)
+        if place is not None:
+            former, place.member = place.member, member
+            if former is not None:
+                former.channel.abort()
+        return place
+
+    def _place_newcomer(self, member: Member, claimed: Membership | None) -> Place:
+        """Hold a free rank, or that of a member who is away if its step can be done anew."""
+        free = self._places.free
+        if claimed is not None and claimed.slot in free:
+            free = [claimed.slot]  # its own: training has begun anew, or not yet
+        if self._training_began:
+            away = [place.slot for place in self._places if place.member is None]
+            free = [] if self._applied or self._complete else away
+        if not free:
             raise Refusal(
                 "run-full",
                 f"all {self.workers} workers of this run have joined; "
                 "start the server with a larger --workers",
             )
-        member.slot = free[0]
-        self._members[member.slot] = member
-        self._term += 1
-        return Welcome(
-            protocol=PROTOCOL_VERSION,
-            run=self.run,
-            slot=member.slot,
-            term=self._term,
-            workers=self.workers,
-            layers=None if store is None else store.grid.layers,
-            version=0,
-            steps=self.steps,
-            upload=self._uploads(member),
-            settings=self._settings,
-        )
+        return self._places.take(free[0], member)
 
-    def join(self, member: Member, join: Join) -> Grid:
+    def join(self, member: Member, join: Join) -> Comeback:
         """Take a greeted stranger in."""
-        if join.subscription.version != 0:
+        if join.subscription.version != self._step:
             raise RemoteProtocolError(
-                f"join subscribes to version {join.subscription.version}, expected 0"
+                f"join subscribes to version {join.subscription.version}, expected {self._step}"
             )
         store = self._store
         if store is None:
@@ -297,8 +361,33 @@ class ParameterServer:
                 f"the others compute with {self._kernels!r}, this worker with {join.kernels!r}: "
                 "results would not be reproducible",
             )
-        asyncio.get_running_loop().call_soon(self._begin_when_ready)
-        return store.grid
+        if not self._training_began:
+            asyncio.get_running_loop().call_soon(self._begin_when_ready)
+            return Comeback(store.grid)
+        return self._comeback(member, self._step)
+
+    def resume(self, member: Member, resume: Resume) -> Comeback:
+        """Say what a member that is back need not send again, and what it can have at once."""
+        step, version = self._step, resume.subscription.version
+        if not self._training_began or version not in (step, step + 1):
+            raise RemoteProtocolError(
+                f"a member comes back to version {version}, expected {step} or {step + 1}"
+            )
+        failpoint("server.after-have")
+        return self._comeback(member, version)
+
+    def _comeback(self, member: Member, version: int) -> Comeback:
+        rounds = self._rounds
+        assert rounds is not None
+        assert member.slot is not None
+        step = rounds.step
+        ready = [Range(0, self._grid.n_parameter_cells)]
+        if version > step:
+            ready = list(self._parameters_of(self._applied))
+        ending = End(self.steps) if self._finishing else None
+        return Comeback(
+            self._grid, Have(step, tuple(rounds.have(member.slot, step))), ready, ending
+        )
 
     def place(self, member: Member, message: Initial | Gradients) -> Sequence[memoryview]:
         """Return where a payload goes."""
@@ -326,6 +415,7 @@ class ParameterServer:
         assert member.slot is not None
         if self._ended:
             return  # the run has failed; its sender will hear of it
+        failpoint("server.before-push")
         if gradients.report is not None:
             self._reports[member.slot] = (gradients.report.loss, gradients.report.images)
         self._last_push_ns[member.slot] = now_ns
@@ -334,6 +424,7 @@ class ParameterServer:
             self._all_pushed_ns = now_ns
             self._complete.extend(_statistics_first(complete, self._grid.n_parameter_cells))
             self._work.set()
+        failpoint("server.after-push")
 
     def bytes_of(self, ranges: Sequence[Range]) -> list[memoryview]:
         """Return the parameters' bytes, to be sent."""
@@ -348,21 +439,34 @@ class ParameterServer:
     def departed(self, member: Member, error: DynaCommError) -> None:
         """A connection is over."""
         self._connections.discard(member)
-        slot = member.slot
-        if slot is None or self._members.get(slot) is not member:
-            return
+        place = self._places.of(member)
+        if place is None:
+            return  # never had one, or is back over another connection by now
+        training = self._training_began and not self._ended
+        may_return = isinstance(error, ChannelError) and not member.said_leave
+        if training and may_return and self._absence_s:
+            self._wait_for(place, str(error), _LAST_S if member.said_end else self._absence_s)
+        elif member.said_leave:
+            self._give_up(place, f"left in step {self._step}")
+        else:
+            self._give_up(place, f"was lost in step {self._step}: {error}")
+
+    def _wait_for(self, place: Place, why: str, limit_s: float) -> None:
+        _log.warning("worker %d is away (%s); waiting %g s for it", place.slot, why, limit_s)
+        text = f"{why}; it did not come back within {limit_s:g} s"
+        place.wait(limit_s, lambda: self._give_up(place, f"was lost in step {self._step}: {text}"))
+
+    def _give_up(self, place: Place, what: str) -> None:
+        """Nobody waits for this member any more."""
         if self._training_began and not self._finishing and not self._ended:
-            text = f"worker {slot} ({member.channel.peer}) was lost in step {self._step}: {error}"
-            if member.said_leave:
-                text = f"worker {slot} ({member.channel.peer}) left in step {self._step}"
-            self._fail(Error("worker-lost", text))
-        del self._members[slot]
-        if not self._training_began and not any(m.joined for m in self._members.values()):
+            self._fail(Error("worker-lost", f"worker {place.slot} ({place.peer}) {what}"))
+        self._places.release(place.slot)
+        if not self._training_began and not any(m.joined for m in self._places.members):
             self._kernels = None  # the next one may choose again
             if self._model_is_brought:
                 self._store = self._rounds = None
                 self._has_initial = False
-        if self._finishing and not self._members:
+        if self._finishing and not len(self._places):
             self._end()
 
     # -- the rest --
@@ -421,23 +525,87 @@ class ParameterServer:
             )
 
     def _begin_when_ready(self) -> None:
-        ready = [member for member in self._members.values() if member.joined]
+        ready = [member for member in self._places.members if member.joined]
         if len(ready) < self.workers or not self._has_initial or self._training_began:
             return
         self._training_began = True
+        if self._saving is None:
+            self._release(Range(0, self._grid.n_parameter_cells), 0)
+        else:
+            self._began = asyncio.create_task(self._begin(self._saving), name="begin")
+            self._began.add_done_callback(self._task_ended)
+
+    async def _begin(self, saving: Saving) -> None:
+        """Have the beginning on the disk before anybody computes with it."""
+        assert self._store is not None
+        self._boundary = Boundary(self._store)
+        await saving.save_first(self._state)
         self._release(Range(0, self._grid.n_parameter_cells), 0)
+
+    async def _go_on(self, saving: Saving) -> None:
+        """Take up a run where its newest checkpoint left it, if there is one."""
+        state = await saving.begin(
+            resume=self._resume,
+            run=self.run if self._run_is_given else None,
+            grid=None if self._store is None else self._store.grid,
+            rule=name_rule(self._training.rule),
+        )
+        self._incarnation = saving.incarnation
+        self._places.term = saving.incarnation << 20  # no two lives give the same terms
+        if state is None:
+            return
+        self._kernels = state.settings.get("kernels")
+        check_settings(state.settings, self._saved_settings)
+        store = self._store or self._adopt(Grid(state.layers))
+        store.restore(state.parameters, state.statistics, state.optimizer)
+        self.run = state.run
+        self._rounds = Rounds(store.grid.n_cells, self.workers, state.step)
+        self._has_initial = self._training_began = True
+        self._boundary = Boundary(store)
+        saving.resumed()
+        for slot, term in state.roster.items():
+            place = self._places.hold(slot, term)
+            self._wait_for(place, "the server was restarted", self._absence_s)
 
     @property
     def _grid(self) -> Grid:
         assert self._store is not None
         return self._store.grid
 
+    def _state(self) -> CheckpointState:
+        """Return what the next life of this server needs; its arrays are the live ones."""
+        store = self._store
+        assert store is not None
+        return CheckpointState(
+            run=self.run,
+            step=self._step,
+            incarnation=self._incarnation,
+            layers=store.grid.layers,
+            rule=name_rule(self._training.rule),
+            parameters=store.parameters,
+            statistics=store.statistics,
+            optimizer=store.states,
+            settings=self._saved_settings,
+            term=self._places.term,
+            roster={place.slot: place.term for place in self._places},
+        )
+
+    @property
+    def _saved_settings(self) -> dict[str, Any]:
+        return {"workers": self.workers, "kernels": self._kernels, "settings": self._settings}
+
+    def _parameters_of(self, ranges: Iterable[Range]) -> Iterator[Range]:
+        """Yield the ranges without cells of statistics."""
+        for first, count in ranges:
+            end = min(first + count, self._grid.n_parameter_cells)
+            if end > first:
+                yield Range(first, end - first)
+
     def _release(self, cells: Range, version: int) -> None:
         """Cells have reached ``version``: they may go down to every member."""
-        end = min(cells.first + cells.count, self._grid.n_parameter_cells)
-        if end > cells.first:
-            for member in self._members.values():
-                member.cells_ready(Range(cells.first, end - cells.first), version)
+        for part in self._parameters_of([cells]):
+            for member in self._places.members:
+                member.cells_ready(part, version)
 
     async def _apply_all(self) -> None:
         """Update what is complete, a mebibyte at a time so that the loop stays responsive."""
@@ -450,33 +618,50 @@ class ParameterServer:
                     rest = Range(cells.first + _TURN_CELLS, cells.count - _TURN_CELLS)
                     self._complete.appendleft(rest)
                     cells = Range(cells.first, _TURN_CELLS)
-                self._apply(cells)
+                ended = self._apply(cells)
+                if ended and self._saving is not None:
+                    await self._saving.save_if_due(self._state, self._step, self.steps)
                 await asyncio.sleep(0)
 
-    def _apply(self, cells: Range) -> None:
-        """Free of awaits, so that no cell is ever seen half updated."""
+    def _apply(self, cells: Range) -> bool:
+        """Update complete cells; return whether the step ended with them.
+
+        Free of awaits, so that no cell is ever seen half updated.
+        """
         assert self._store is not None
         assert self._rounds is not None
         step = self._rounds.step
+        failpoint("server.before-apply")
+        if self._boundary is not None:
+            self._boundary.keep(cells)
         if self._recorder is None:
             self._store.apply(cells, step)
         else:
             started_ns = monotonic_ns()
             self._store.apply(cells, step)
             self._recorder.add(Updated(step, started_ns, monotonic_ns(), *cells))
+        failpoint("server.after-apply")
+        self._applied.append(cells)
         ended = self._rounds.apply(cells)
         if ended:
+            self._applied.clear()
+            if self._boundary is not None:
+                self._boundary.pass_on()
+            failpoint("server.step-ended")
             self._close_step(step)
         self._release(cells, step + 1)
         if ended and self._finishing:
-            for member in list(self._members.values()):
+            for member in self._places.members:
                 member.finish(End(self.steps))
+        return ended
 
     def _close_step(self, step: int) -> None:
         now_ns = monotonic_ns()
         last_slot = max(self._last_push_ns, key=self._last_push_ns.__getitem__)
-        for slot, member in self._members.items():
-            wait_ns = self._all_pushed_ns - self._last_push_ns[slot]
+        for place in self._places:
+            if (member := place.member) is None:
+                continue
+            wait_ns = self._all_pushed_ns - self._last_push_ns.get(place.slot, self._all_pushed_ns)
             member.set_timing(wait_ns, now_ns - self._all_pushed_ns, last_slot)
         reports = [self._reports.get(slot, (None, 0)) for slot in range(self.workers)]
         losses = [loss for loss, _ in reports if loss is not None]
@@ -487,7 +672,7 @@ class ParameterServer:
         if self._on_step is not None:
             self._on_step(record)
 
-    def _applying_ended(self, task: asyncio.Task[None]) -> None:
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
         """What the owner's update rule or ``on_step`` raises fails the run, not silently."""
         if not task.cancelled() and (error := task.exception()) is not None:
             text = f"the server failed in step {self._step}: {_explain(error)}"

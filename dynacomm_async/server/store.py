@@ -8,7 +8,7 @@ the result has the same bits however cells are grouped and in whatever order the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,6 +97,7 @@ class Store:
         arena: (n_floats,) float32: parameters, then running statistics. The store alone writes.
         contributions: one (n_floats,) float32 array for each rank; a push is received into it,
             and :meth:`apply` uses it up.
+        states: the update rule's, (n_parameters,) float32 each. The store alone writes.
     """
 
     def __init__(self, grid: Grid, n_workers: int, training: Training) -> None:
@@ -106,7 +107,7 @@ class Store:
         self.contributions: list[Floats] = [
             np.zeros(grid.n_floats, dtype=np.float32) for _ in range(n_workers)
         ]
-        self._states = tuple(
+        self.states = tuple(
             np.zeros(grid.n_parameters, dtype=np.float32) for _ in range(training.rule.n_states)
         )
         self._spans = _spans(grid, training)
@@ -124,7 +125,7 @@ class Store:
     @property
     def nbytes(self) -> int:
         """Bytes held: parameters, optimizer states and one contribution for each rank."""
-        arrays = [self.arena, *self.contributions, *self._states]
+        arrays = [self.arena, *self.contributions, *self.states]
         return sum(array.nbytes for array in arrays)
 
     def set_initial(self, parameters: Floats, statistics: Floats | None = None) -> None:
@@ -136,6 +137,16 @@ class Store:
         _fill(self.parameters, parameters, "initial parameters")
         if statistics is not None:
             _fill(self.statistics, statistics, "initial statistics")
+
+    def restore(self, parameters: Floats, statistics: Floats, states: Sequence[Floats]) -> None:
+        """Copy a saved state in.
+
+        Raises:
+            ShapeError: an array of it does not fit.
+        """
+        self.set_initial(parameters, statistics)
+        for index, (own, saved) in enumerate(zip(self.states, states, strict=True)):
+            _fill(own, saved, f"optimizer state {index}")
 
     def is_sound(self, slot: int, ranges: Iterable[Range]) -> bool:
         """Return whether cells of a contribution are free of poison: NaN, infinite or huge values.
@@ -174,7 +185,7 @@ class Store:
                 self.training.rule.update(
                     self.arena[first:last],
                     gradient[first - start : last - start],
-                    tuple(state[first:last] for state in self._states),
+                    tuple(state[first:last] for state in self.states),
                     step=step,
                     rate=rate * span.rate_scale,
                     decay=span.decay,

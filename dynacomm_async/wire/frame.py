@@ -48,6 +48,8 @@ class MessageKind(IntEnum):
     END = 8
     ERROR = 9
     LEAVE = 10
+    RESUME = 11
+    HAVE = 12
 
 
 HELLO_LIMIT = 4096

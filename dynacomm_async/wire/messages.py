@@ -27,14 +27,17 @@ __all__ = [
     "End",
     "Error",
     "Gradients",
+    "Have",
     "Heartbeat",
     "Hello",
     "Initial",
     "Join",
     "Leave",
+    "Membership",
     "Message",
     "Parameters",
     "Report",
+    "Resume",
     "Subscription",
     "Timing",
     "Welcome",
@@ -119,14 +122,38 @@ class Timing:
     last_slot: int = 0
 
 
+class Membership(NamedTuple):
+    """The membership of a run that a worker whose connection broke comes back to.
+
+    Attributes:
+        slot: its rank.
+        term: its number. Older ones are refused: another has the slot by now.
+        connection: counts this membership's connections; all but the highest are refused.
+        incarnation: the life of the server that the worker has last spoken to.
+    """
+
+    slot: int
+    term: int
+    connection: int
+    incarnation: int
+
+
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """First message of a worker. At most 4 KiB, so that strangers cost nothing."""
+    """First message of a worker. At most 4 KiB, so that strangers cost nothing.
+
+    Attributes:
+        protocol: the version that the worker speaks.
+        run: id of the run that is meant; None: whichever.
+        fingerprint: of the worker's model, where it has one of its own.
+        member: what a worker whose connection broke comes back to; None: a newcomer.
+    """
 
     kind: ClassVar[MessageKind] = MessageKind.HELLO
     protocol: int = PROTOCOL_VERSION
     run: str | None = None
     fingerprint: str | None = None
+    member: Membership | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +171,11 @@ class Welcome:
         steps: the last version.
         upload: whether this worker must send the initial parameters.
         settings: whatever the server's owner wants each worker to know.
+        incarnation: which life of the server this is; a restart from a checkpoint raises it.
+        resumed: whether the worker has its old place again and goes on with :class:`Resume`;
+            otherwise it joins.
+        silence_ms: how long either end may hear nothing before it gives the connection up; 0: for
+            ever.
     """
 
     kind: ClassVar[MessageKind] = MessageKind.WELCOME
@@ -157,6 +189,9 @@ class Welcome:
     steps: int
     upload: bool
     settings: Mapping[str, Any] = field(default_factory=dict)
+    incarnation: int = 0
+    resumed: bool = False
+    silence_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +210,34 @@ class Join:
     subscription: Subscription
     kernels: str = ""
     layers: tuple[LayerSpec, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """A member is back: which parameters it lacks, and how it wants them.
+
+    Attributes:
+        subscription: to the version that it was receiving, or is told to begin again with.
+        has: the cells of that version that it has got whole; ascending.
+    """
+
+    kind: ClassVar[MessageKind] = MessageKind.RESUME
+    subscription: Subscription
+    has: Ranges = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Have:
+    """What the server has of a member that is back.
+
+    Attributes:
+        step: the one that the server stands in.
+        has: the cells of the member's gradients of ``step`` that have arrived whole; ascending.
+    """
+
+    kind: ClassVar[MessageKind] = MessageKind.HAVE
+    step: int
+    has: Ranges = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +323,18 @@ class Leave:
 
 
 Message: TypeAlias = (
-    Hello | Welcome | Join | Initial | Parameters | Gradients | Heartbeat | End | Error | Leave
+    Hello
+    | Welcome
+    | Join
+    | Resume
+    | Have
+    | Initial
+    | Parameters
+    | Gradients
+    | Heartbeat
+    | End
+    | Error
+    | Leave
 )
 
 
@@ -302,7 +376,12 @@ def decode(prefix: Prefix, header: bytes | bytearray | memoryview) -> Message:
 
 
 def _encode_hello(m: Hello) -> tuple[int, Header]:
-    return 0, {"protocol": m.protocol, "run": m.run, "fingerprint": m.fingerprint}
+    return 0, {
+        "protocol": m.protocol,
+        "run": m.run,
+        "fingerprint": m.fingerprint,
+        "member": m.member,
+    }
 
 
 def _encode_welcome(m: Welcome) -> tuple[int, Header]:
@@ -316,6 +395,9 @@ def _encode_welcome(m: Welcome) -> tuple[int, Header]:
         "steps": m.steps,
         "upload": m.upload,
         "settings": dict(m.settings),
+        "incarnation": m.incarnation,
+        "resumed": m.resumed,
+        "silence_ms": m.silence_ms,
     }
 
 
@@ -326,6 +408,15 @@ def _encode_join(m: Join) -> tuple[int, Header]:
         "kernels": m.kernels,
         "layers": _layer_rows(m.layers),
     }
+
+
+def _encode_resume(m: Resume) -> tuple[int, Header]:
+    rows = _subscription_rows(m.subscription)
+    return m.subscription.version, {"subscribe": rows, "has": m.has}
+
+
+def _encode_have(m: Have) -> tuple[int, Header]:
+    return m.step, {"has": m.has}
 
 
 def _encode_initial(m: Initial) -> tuple[int, Header]:
@@ -388,6 +479,7 @@ def _decode_hello(prefix: Prefix, header: Header) -> Hello:
         _count(header, "protocol"),
         _optional_text(header, "run"),
         _optional_text(header, "fingerprint"),
+        _membership(header),
     )
 
 
@@ -406,6 +498,9 @@ def _decode_welcome(prefix: Prefix, header: Header) -> Welcome:
         steps=_count(header, "steps"),
         upload=_truth(header, "upload"),
         settings=settings,
+        incarnation=_count(header, "incarnation"),
+        resumed=_truth(header, "resumed"),
+        silence_ms=_count(header, "silence_ms"),
     )
 
 
@@ -419,6 +514,17 @@ def _decode_join(prefix: Prefix, header: Header) -> Join:
         kernels=_text(header, "kernels"),
         layers=_layers(header),
     )
+
+
+def _decode_resume(prefix: Prefix, header: Header) -> Resume:
+    subscription = _subscription(header)
+    if subscription is None:
+        raise _wrong("subscribe", None, "the plan of the parameters that are missing")
+    return Resume(subscription, _has(header))
+
+
+def _decode_have(prefix: Prefix, header: Header) -> Have:
+    return Have(prefix.step, _has(header))
 
 
 def _decode_initial(prefix: Prefix, header: Header) -> Initial:
@@ -502,6 +608,11 @@ def _optional_text(header: Header, name: str) -> str | None:
     return None if header.get(name) is None else _text(header, name)
 
 
+def _membership(header: Header) -> Membership | None:
+    row = header.get("member")
+    return None if row is None else Membership(*_whole_numbers(row, 4, "member"))
+
+
 def _whole_numbers(row: object, length: int, name: str) -> tuple[int, ...]:
     if (
         not isinstance(row, list)
@@ -524,6 +635,11 @@ def _ranges(rows: object) -> Ranges:
             raise _wrong("range", row, "[first cell, cells]")
         ranges.append(Range(first, count))
     return tuple(ranges)
+
+
+def _has(header: Header) -> Ranges:
+    rows = header.get("has")
+    return () if rows == [] else _ranges(rows)
 
 
 def _subscription(header: Header) -> Subscription | None:
@@ -580,6 +696,8 @@ _ENCODERS: dict[MessageKind, Callable[[Any], tuple[int, Header]]] = {
     MessageKind.HELLO: _encode_hello,
     MessageKind.WELCOME: _encode_welcome,
     MessageKind.JOIN: _encode_join,
+    MessageKind.RESUME: _encode_resume,
+    MessageKind.HAVE: _encode_have,
     MessageKind.INITIAL: _encode_initial,
     MessageKind.PARAMETERS: _encode_parameters,
     MessageKind.GRADIENTS: _encode_gradients,
@@ -593,6 +711,8 @@ _DECODERS: dict[MessageKind, Callable[[Prefix, Header], Message]] = {
     MessageKind.HELLO: _decode_hello,
     MessageKind.WELCOME: _decode_welcome,
     MessageKind.JOIN: _decode_join,
+    MessageKind.RESUME: _decode_resume,
+    MessageKind.HAVE: _decode_have,
     MessageKind.INITIAL: _decode_initial,
     MessageKind.PARAMETERS: _decode_parameters,
     MessageKind.GRADIENTS: _decode_gradients,

@@ -3,8 +3,9 @@
 from dynacomm_async.worker.aio import AsyncSession, AsyncStep, connect
 from dynacomm_async.worker.metrics import Metrics
 from dynacomm_async.worker.planning import WARMUP_STEPS, AdaptivePlans, FixedPlan, Plans
-from dynacomm_async.worker.session import DEFAULT_PORT, DEFAULT_STRATEGY, Session, Step
+from dynacomm_async.worker.session import DEFAULT_PORT, DEFAULT_STRATEGY, Session
 from dynacomm_async.worker.step import StepMachine
+from dynacomm_async.worker.taken import Step
 from dynacomm_async.worker.training import TrainedStep, bind_engine, layer_specs, train
 
 __all__ = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -18,8 +19,9 @@ from dynacomm_async.errors import DynaCommError
 from dynacomm_async.schedule.account import WorkerReport
 from dynacomm_async.transport import Address
 from dynacomm_async.worker.metrics import Metrics
-from dynacomm_async.worker.session import Layers, Session, Step
+from dynacomm_async.worker.session import Layers, Session
 from dynacomm_async.worker.step import Phase
+from dynacomm_async.worker.taken import Step
 
 __all__ = ["AsyncSession", "AsyncStep", "connect"]
 
@@ -122,14 +124,18 @@ class AsyncSession:
 
     async def steps(self) -> AsyncIterator[AsyncStep]:
         """Yield the steps until the run ends; see :meth:`Session.steps`."""
-        for index in self.blocking.step_indices():
-            step = Step(self.blocking, index)
-            yield AsyncStep(step)
-            step.end()
-        board = self.blocking.board
-        if not board.ended:
-            await _woken_by(board.when_ended)
-            assert board.ended
+        session, board = self.blocking, self.blocking.board
+        step: Step | None = None
+        while True:
+            step = session.next_step(step)
+            if step.index < session.welcome.steps:
+                yield AsyncStep(step)
+                step.end()
+                continue
+            if not board.ended:
+                await _woken_by(partial(board.when_ended, life=step.life))
+            if board.ended:
+                return
 
 
 class AsyncStep:
@@ -150,6 +156,11 @@ class AsyncStep:
         self.gradient_ready = step.gradient_ready
         self.forward_done = step.forward_done
 
+    @property
+    def abandoned(self) -> bool:
+        """See :attr:`Step.abandoned`."""
+        return self.blocking.abandoned
+
     async def parameters(self, layer: str | int) -> Floats:
         """Wait until the layer's parameters have arrived; return the view that holds them.
 
@@ -160,9 +171,12 @@ class AsyncStep:
         session = step.session
         index = session.index_of(layer)
         step.begin_wait()
-        if not session.board.is_granted(Phase.FORWARD, index, step.index):
-            await _woken_by(lambda call: session.board.when(Phase.FORWARD, index, step.index, call))
-            session.board.is_granted(Phase.FORWARD, index, step.index)  # raises what ended it
+        board = session.board
+        if not step.abandoned and not board.is_granted(Phase.FORWARD, index, step.index):
+            await _woken_by(
+                lambda call: board.when(Phase.FORWARD, index, step.index, call, step.life)
+            )
+            board.is_granted(Phase.FORWARD, index, step.index)  # raises what ended it
         step.end_wait(index)
         return session.parameters[session.grid.layer_slice(index)]
 

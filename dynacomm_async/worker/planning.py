@@ -56,19 +56,25 @@ class Plans(ABC):
 
     def __init__(self) -> None:
         self.changes: list[tuple[int, AnyPlan]] = []
+        self._newest = -1
         self.costs: Costs | None = None
         self.log: deque[Replan] = deque(maxlen=_LOG_LENGTH)
 
     def plan(self, step: int) -> AnyPlan:
-        """Return the plan of ``step``; steps come in order."""
+        """Return the plan of ``step``; steps come in order, but training may step back."""
         plan = self._choose(step)
+        if self.changes and step <= self._newest:  # what followed has not been
+            self.changes = [change for change in self.changes if change[0] < step]
+        self._newest = step
         if not self.changes or self.changes[-1][1] != plan:
-            self.changes.append((step, plan))
+            # Replaced rather than added to: other threads may be reading.
+            self.changes = [*self.changes, (step, plan)]
         return plan
 
     def plan_of(self, step: int) -> AnyPlan:
         """Return the plan that was chosen for a step of the past."""
-        return next(plan for first, plan in reversed(self.changes) if first <= step)
+        changes = self.changes
+        return next((plan for first, plan in reversed(changes) if first <= step), changes[0][1])
 
     def refresh(self) -> None:  # noqa: B027 -- a plan that was made beforehand needs no thought
         """Think again, with what has been measured by now; called between steps.
@@ -203,18 +209,20 @@ def subscription(plan: AnyPlan, version: int, grid: Grid) -> Subscription:
     return Subscription(version, _messages(plan.pull, grid), plan.barrier)
 
 
-def uplink(plan: AnyPlan, grid: Grid) -> Dispatcher:
-    """Return the rule by which a plan's gradients leave.
+def uplink(plan: AnyPlan, grid: Grid, skip: Sequence[Range] = ()) -> Dispatcher:
+    """Return the rule by which a plan's gradients leave, without those that are there already.
 
     In a warm-up step they are held back until all are there, so that the messages leave back to
     back: where computing takes longer than sending none would otherwise tell its overhead.
     """
     if isinstance(plan, PolicyPlan):
-        return PriorityDispatcher(plan.push, Layout(4 * layer.count for layer in grid.layers))
+        layout = Layout(4 * layer.count for layer in grid.layers)
+        return PriorityDispatcher(plan.push, layout, skip)
     return OrderedDispatcher(
         _messages(plan.push, grid),
         n_cells=grid.n_parameter_cells,
         barrier=plan.strategy == _WARMUP,
+        skip=skip,
     )
 
 

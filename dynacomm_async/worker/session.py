@@ -10,50 +10,35 @@ import asyncio
 import concurrent.futures
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from time import monotonic_ns
 from types import TracebackType
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dynacomm_async.errors import (
-    ChannelBroken,
-    ConfigError,
-    LocalProtocolError,
-    PeerError,
-    ShapeError,
-)
-from dynacomm_async.recording import Computed, Recorder
+from dynacomm_async.errors import ConfigError, LocalProtocolError, PeerError, ShapeError
+from dynacomm_async.recording import Recorder
 from dynacomm_async.schedule.account import LinkObserved, WorkerReport, expect, summarise
 from dynacomm_async.schedule.costs import Costs
 from dynacomm_async.schedule.estimator import Estimator
 from dynacomm_async.schedule.planners import find_planner
-from dynacomm_async.transport import Address, Channel, LoopThread, connect, parse_address
-from dynacomm_async.transport.channel import Handler
-from dynacomm_async.transport.recorded import RecordedChannel
+from dynacomm_async.transport import Address, LoopThread, parse_address
 from dynacomm_async.wire.grid import Grid, LayerSpec, as_layer_specs
-from dynacomm_async.wire.messages import Hello, Report, Welcome
-from dynacomm_async.worker.client import Arenas, Board, Client
+from dynacomm_async.wire.messages import Hello, Welcome
+from dynacomm_async.worker.board import Board
+from dynacomm_async.worker.client import Arenas, Client
+from dynacomm_async.worker.line import Line
 from dynacomm_async.worker.metrics import Metrics
 from dynacomm_async.worker.planning import AdaptivePlans, Plans
+from dynacomm_async.worker.reaching import Reacher
 from dynacomm_async.worker.searching import SearchedPlans
-from dynacomm_async.worker.step import Phase
+from dynacomm_async.worker.taken import Step
 
-__all__ = ["DEFAULT_PORT", "DEFAULT_STRATEGY", "Layers", "PlansFactory", "Session", "Step"]
+__all__ = ["DEFAULT_PORT", "DEFAULT_STRATEGY", "Layers", "PlansFactory", "Session"]
 
 DEFAULT_PORT = 7070
 
 DEFAULT_STRATEGY = "joint"
-
-_GREETING_S = 30.0
-"""How long a server may take to answer a hello; slow links have a part in it."""
-
-_LEAST_WAIT_NS = 10_000
-"""Shorter waits are not recorded: the parameters were there."""
-
-_LEAST_ATTEMPT_S = 1.0
-"""How long one attempt to connect may take, at least."""
 
 Floats = NDArray[np.float32]
 Layers: TypeAlias = (
@@ -68,6 +53,11 @@ PlansFactory: TypeAlias = Callable[[Grid, Estimator], Plans]
 
 class Session:
     """One worker's membership of a run. A context manager; use it from one thread.
+
+    Connections may come and go below it. A server that was restarted from a checkpoint has stepped
+    back, and the session with it: the step under way is *abandoned*. Nothing of it counts any more,
+    none of its methods blocks or raises, and the next step has an index that has been before. So
+    whatever a step needs must follow from its index and this worker's rank.
 
     Example::
 
@@ -87,7 +77,9 @@ class Session:
             server if there is one, else the default.
         run: id of the run that is meant; None takes whatever the server runs.
         kernels: names the numerical choices that must be the same on all workers.
-        retry_s: how long to try to reach a server that does not answer.
+        retry_s: how long to try to reach a server that does not answer, at first and whenever the
+            connection is lost: then the step goes on where it stood, as if nothing had been. 0:
+            a loss ends the session.
         plans: makes the plans instead of ``strategy``.
         estimator: what is known of this model and link already; added to. None starts afresh.
         io: the thread that does the I/O, shared with other sessions; None starts one.
@@ -196,8 +188,7 @@ class Session:
         client, self._client = self._client, None
         if client is not None:
             self._io.submit(client.leave()).result()
-            if client.joined:
-                self.plans.close()
+            self.plans.close()
         own, self._own_io = self._own_io, None
         if own is not None:
             own.__exit__()
@@ -265,27 +256,34 @@ class Session:
             DynaCommError: what ended the session before.
             LocalProtocolError: a step was left before all its gradients were ready.
         """
-        for index in self.step_indices():
-            step = Step(self, index)
-            yield step
-            step.end()
-        self.wait_ended()
+        step: Step | None = None
+        while True:
+            step = self.next_step(step)
+            if step.index < self.welcome.steps:
+                yield step
+                step.end()
+            elif self._wait_ended(step):
+                return
 
-    def step_indices(self) -> Iterator[int]:
-        """Yield the index of each step to compute, the next one when the one before is done."""
-        yield from range(self.welcome.version, self.welcome.steps)
+    def next_step(self, before: Step | None) -> Step:
+        """Return the step to compute after ``before`` (None: the first); behind the last one, a
+        step with the index ``welcome.steps``, in which there is nothing to compute."""
+        course = self.board.course
+        if before is None or before.life != course.life:
+            return Step(self, course.first, course.life)
+        return Step(self, before.index + 1, course.life)
 
-    def wait_ended(self) -> None:
-        """Block until the run has ended and the final parameters are here.
+    def _wait_ended(self, step: Step) -> bool:
+        """Block until the run has ended and the final parameters are here, or it has stepped back.
 
         Raises:
             DynaCommError: it ended otherwise.
         """
         if not self.board.ended:
             over = threading.Event()
-            self.board.when_ended(over.set)
+            self.board.when_ended(over.set, step.life)
             over.wait()
-            assert self.board.ended
+        return self.board.ended
 
     def describe(self) -> WorkerReport:
         """Return what explains how this worker has spent its time so far.
@@ -326,15 +324,17 @@ class Session:
         return costs, LinkObserved.by(self.estimator)
 
     async def _open(self) -> None:
+        reacher = Reacher(self.address, self._retry_s, self.recorder)
+        run = self._run
+        line, self.welcome = await reacher.reach(lambda: Hello(run=run))
         try:
-            await self._join()
+            await self._join(line, reacher)
         except BaseException:
-            if self._client is not None:
-                self._client.channel.abort()
+            line.channel.abort()
             raise
 
-    async def _join(self) -> None:
-        client, welcome = await self._reach()
+    async def _join(self, line: Line, reacher: Reacher) -> None:
+        welcome = self.welcome
         self.grid = Grid(await asyncio.to_thread(self._table, welcome))
         self._indices = {spec.name: index for index, spec in enumerate(self.grid.layers)}
         if self.recorder is not None:
@@ -349,9 +349,9 @@ class Session:
             sizes = [(spec.name, 4 * spec.count) for spec in self.grid.layers]
             self._estimator = Estimator(sizes)
         self.plans = self._make_plans(welcome)
-        self.board = Board(len(self.grid.layers))
-        await client.measure_round_trip()
-        await client.join(
+        self.board = Board(len(self.grid.layers), welcome.version)
+        await line.measure_round_trip()
+        self._client = Client(
             welcome,
             self.grid,
             self._arenas,
@@ -359,53 +359,11 @@ class Session:
             self.plans,
             self.estimator,
             kernels=self._kernels,
+            fill_initial=self._fill_initial,
+            reach=reacher.reach_again if self._retry_s > 0 else None,
+            recorder=self.recorder,
         )
-
-    async def _reach(self) -> tuple[Client, Welcome]:
-        """Connect and be welcomed; try again with growing pauses while nobody answers."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._retry_s
-        pause = 0.1
-        while True:
-            try:
-                client = await self._connect(max(deadline - loop.time(), _LEAST_ATTEMPT_S))
-                async with asyncio.timeout(_GREETING_S):
-                    self.welcome = await client.greet(Hello(run=self._run))
-            except TimeoutError:
-                raise TimeoutError(
-                    f"{self.address} accepts connections but has not answered for "
-                    f"{_GREETING_S:g} s: is it a dynacomm server?"
-                ) from None
-            except ChannelBroken as error:
-                self._client = None
-                if loop.time() + pause > deadline:
-                    raise ChannelBroken(
-                        f"no server at {self.address} (tried for {self._retry_s:g} s: "
-                        f"{error.__cause__ or error}); start it, or check --server HOST:PORT"
-                    ) from error
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, 2.0)
-            else:
-                return client, self.welcome
-
-    async def _connect(self, limit_s: float) -> Client:
-        clients: list[Client] = []  # a loop may make one before it knows that nobody answers
-
-        def make_client(channel: Channel) -> Handler:
-            if self.recorder is None:
-                clients.append(Client(channel))
-                return clients[-1]
-            recorded = RecordedChannel(channel, self.recorder)
-            clients.append(Client(recorded, self.recorder))
-            return recorded.handler(clients[-1])
-
-        try:
-            async with asyncio.timeout(limit_s):
-                await connect(make_client, self.address)
-        except TimeoutError:
-            raise ChannelBroken(f"{self.address} does not answer") from None
-        self._client = clients[-1]
-        return self._client
+        self._client.join(line)
 
     def _table(self, welcome: Welcome) -> tuple[LayerSpec, ...]:
         layers = self._layers
@@ -449,161 +407,6 @@ class Session:
         return AdaptivePlans(
             str(strategy), self.estimator, len(self.grid.layers), workers=welcome.workers
         )
-
-
-class Step:
-    """One training step, for the computing thread.
-
-    Attributes:
-        session: the one it belongs to.
-        index: the version of the parameters that it computes from.
-        started_ns: monotonic clock, when the step was begun.
-    """
-
-    def __init__(self, session: Session, index: int) -> None:
-        n_layers = len(session.grid.layers)
-        self.index = index
-        self.started_ns = monotonic_ns()
-        self.session = session
-        self._forward_ns = [0] * n_layers
-        self._backward_ns = [0] * n_layers
-        self._stalled_ns = 0  # waiting for parameters
-        self._ready = [False] * n_layers  # gradients handed over
-        self._current: int | None = None  # the layer whose forward is being computed
-        self._mark_ns = self.started_ns
-        self._recorder = session.recorder
-
-    def wait(self, layer: str | int) -> None:
-        """Block until the layer's parameters have arrived.
-
-        Raises:
-            DynaCommError: what ended the session.
-        """
-        index = self.session.index_of(layer)
-        self.begin_wait()
-        board = self.session.board
-        if not board.is_granted(Phase.FORWARD, index, self.index):
-            landed = threading.Event()
-            board.when(Phase.FORWARD, index, self.index, landed.set)
-            landed.wait()
-            board.is_granted(Phase.FORWARD, index, self.index)  # raises what ended the session
-        self.end_wait(index)
-
-    def parameters(self, layer: str | int) -> Floats:
-        """Block until the layer's parameters have arrived; return the view that holds them.
-
-        Raises:
-            DynaCommError: what ended the session.
-        """
-        self.wait(layer)
-        return self.session.parameters[self.session.slice_of(layer)]
-
-    def forward_done(self) -> None:
-        """Stop the clock of the layer whose forward was being computed; idempotent."""
-        if self._current is not None:
-            now_ns = monotonic_ns()
-            self._forward_ns[self._current] += now_ns - self._mark_ns
-            self._record("forward", self._current, self._mark_ns, now_ns)
-            self._current = None
-
-    def begin_wait(self) -> None:
-        """Stop the clock of the layer that was computed, start that of waiting."""
-        self.forward_done()
-        self._mark_ns = monotonic_ns()
-
-    def end_wait(self, layer: int) -> None:
-        """Stop the clock of waiting, start that of a layer whose parameters are here."""
-        now_ns = monotonic_ns()
-        self._stalled_ns += now_ns - self._mark_ns
-        if now_ns - self._mark_ns >= _LEAST_WAIT_NS:
-            self._record("wait", layer, self._mark_ns, now_ns)
-        self._current = layer
-        self._mark_ns = now_ns
-
-    def report(self, loss: float, images: int = 0) -> None:
-        """Tell the server the loss of this worker's batch; call it when the forward is done."""
-        self.forward_done()
-        self.session.post(self.session.client.report, self.index, Report(float(loss), int(images)))
-        self._mark_ns = monotonic_ns()
-
-    def gradient_ready(self, layer: str | int) -> None:
-        """Hand a layer's gradient over; returns at once.
-
-        Its gradient must not be written, nor its parameters read, before the next step's
-        :meth:`wait` on the layer returns.
-
-        Raises:
-            LocalProtocolError: it was handed over before in this step, or parameters of the step
-                are still on their way (every gradient needs the whole forward pass).
-            DynaCommError: what ended the session.
-        """
-        session = self.session
-        index = session.index_of(layer)
-        now_ns = monotonic_ns()
-        if not session.board.is_granted(Phase.BACKWARD, index, self.index):
-            raise LocalProtocolError(
-                f"step {self.index}: the gradient of layer {layer!r} is ready before all "
-                "parameters have arrived; wait for every layer first"
-            )
-        if self._ready[index]:
-            raise LocalProtocolError(
-                f"step {self.index}: the gradient of layer {layer!r} is ready twice"
-            )
-        self._ready[index] = True
-        if self._current is not None:
-            # Nobody said where the forward ended: of this layer's time a third, as is usual.
-            turned_ns = self._mark_ns + (now_ns - self._mark_ns) // 3
-            self._forward_ns[self._current] += turned_ns - self._mark_ns
-            self._record("forward", self._current, self._mark_ns, turned_ns)
-            self._mark_ns = turned_ns
-            self._current = None
-        self._backward_ns[index] += now_ns - self._mark_ns
-        self._record("backward", index, self._mark_ns, now_ns)
-        session.post(session.client.gradient_ready, self.index, index)
-        if all(self._ready):
-            session.post(session.client.step_computed, self._forward_ns, self._backward_ns)
-        self._mark_ns = monotonic_ns()
-
-    def _record(
-        self,
-        what: Literal["forward", "backward", "wait"],
-        layer: int,
-        start_ns: int,
-        end_ns: int,
-    ) -> None:
-        if self._recorder is not None:
-            self._recorder.add(Computed(what, self.index, layer, start_ns, end_ns))
-
-    @property
-    def compute_ns(self) -> int:
-        """What computing took so far, without waits."""
-        return sum(self._forward_ns) + sum(self._backward_ns)
-
-    def end(self) -> None:
-        """Make sure that the step was finished, and account for its time.
-
-        Raises:
-            LocalProtocolError: gradients are missing.
-        """
-        self._check_complete()
-        session = self.session
-        session.metrics.add(
-            self.index,
-            session.plans.plan_of(self.index),
-            session.plans.costs or session.board.costs,
-            session.board.timing_of(self.index),
-            step_ns=monotonic_ns() - self.started_ns,
-            compute_ns=self.compute_ns,
-            stalled_ns=self._stalled_ns,
-        )
-
-    def _check_complete(self) -> None:
-        layers = zip(self.session.grid.layers, self._ready, strict=True)
-        missing = [spec.name for spec, ready in layers if not ready]
-        if missing:
-            raise LocalProtocolError(
-                f"step {self.index} was left without the gradients of {', '.join(missing)}"
-            )
 
 
 def _difference(ours: tuple[LayerSpec, ...], theirs: tuple[LayerSpec, ...]) -> str:

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from dynacomm_async.nn import Engine, Network
 from dynacomm_async.wire.grid import LayerSpec
-from dynacomm_async.worker.session import Session, Step
+from dynacomm_async.worker.session import Session
+from dynacomm_async.worker.taken import Step
 
 __all__ = ["BatchSource", "TrainedStep", "bind_engine", "layer_specs", "train"]
 
@@ -105,6 +106,8 @@ def train(
     seed: int = 0,
 ) -> Iterator[TrainedStep]:
     """Train until the run ends; yield each step when it has been computed.
+
+    After a restart of the server some steps are computed, and yielded, again.
 
     Args:
         slowdown: every layer takes this many times as long as it computes, to imitate a slower

@@ -21,12 +21,15 @@ from dynacomm_async.wire.messages import (
     End,
     Gradients,
     Hello,
+    Leave,
     Parameters,
     Report,
     Subscription,
 )
 from dynacomm_async.worker import FixedPlan
-from dynacomm_async.worker.client import Arenas, Board, Client
+from dynacomm_async.worker.board import Board
+from dynacomm_async.worker.client import Arenas, Client
+from dynacomm_async.worker.line import Line
 from dynacomm_async.worker.step import Phase
 
 STEPS = 4
@@ -177,6 +180,7 @@ async def work_in_slices(toy, address, connect_raw, numbers):
         await pull(STEPS)
         message, _ = await worker.read()
         assert isinstance(message, End)
+        worker.send(Leave())
         return parameters
 
 
@@ -196,13 +200,15 @@ async def test_slices_in_any_order_do_not_change_a_bit(toy, loop_factory, connec
         assert parameters.tobytes() == result.parameters.tobytes()
 
 
-async def work_in_memory(toy, client, numbers):
+async def work_in_memory(toy, line, numbers):
     """A worker on the server's own loop: no socket, no thread."""
     grid, arenas, board = toy.grid, Arenas.allocate(toy.grid), Board(len(toy.layers))
     estimator = Estimator([(spec.name, 4 * spec.count) for spec in toy.layers])
     plans = random_plans(numbers)(grid, estimator)
-    welcome = await client.greet(Hello())
-    await client.join(welcome, grid, arenas, board, plans, estimator, kernels="")
+    welcome = await line.greet(Hello())
+    slot = welcome.slot
+    client = Client(welcome, grid, arenas, board, plans, estimator)
+    client.join(line)
 
     async def woken(register, *key):
         over = asyncio.get_running_loop().create_future()
@@ -215,10 +221,10 @@ async def work_in_memory(toy, client, numbers):
             await woken(board.when, Phase.FORWARD, layer, step)
             assert board.is_granted(Phase.FORWARD, layer, step)
         parameters = arenas.incoming[: grid.n_parameters]
-        arenas.outgoing[:] = toy.contribution(parameters, welcome.slot, step)
-        client.report(step, Report(0.0, 1))
+        arenas.outgoing[:] = toy.contribution(parameters, slot, step)
+        client.report(step, 0, Report(0.0, 1))
         for layer in reversed(range(n_layers)):
-            client.gradient_ready(step, layer)
+            client.gradient_ready(step, 0, layer)
     await woken(board.when_ended)
     assert board.ended
     await client.leave()
@@ -229,16 +235,16 @@ async def work_in_memory(toy, client, numbers):
 async def test_a_run_in_memory_gives_the_same_bits(toy, loop_factory, layers, make_sizes):
     toy = toy if layers is None else type(toy)(layers)
     numbers = random.Random(5)
-    clients = []
+    lines = []
 
-    def make_client(channel):
-        clients.append(Client(channel))
-        return clients[-1]
+    def make_line(channel):
+        lines.append(Line(channel))
+        return lines[-1]
 
     async with serve(toy, workers=2) as server:
         for _ in range(2):
-            memory_pair(server.connect_channel, make_client, piece_nbytes=make_sizes(numbers))
-        ends = await asyncio.gather(*(work_in_memory(toy, client, numbers) for client in clients))
+            memory_pair(server.connect_channel, make_line, piece_nbytes=make_sizes(numbers))
+        ends = await asyncio.gather(*(work_in_memory(toy, line, numbers) for line in lines))
         result = await server.finished()
 
     check_result(toy, 2, result)

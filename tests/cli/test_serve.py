@@ -201,7 +201,7 @@ def test_a_run_over_ipv6_ends_with_the_same_bits(serve, work, undisturbed):
 
 
 def test_a_lost_worker_ends_the_run_in_one_line_everywhere(serve, work):
-    server = serve(steps=100_000)
+    server = serve("--absence=0", steps=100_000)
     workers = [work(server), work(server)]
     for worker in workers:
         worker.read_error_line()

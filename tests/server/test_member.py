@@ -41,6 +41,7 @@ STEPS = 4
 def serve(toy, *, workers=2, **options):
     options = {"initial": toy.initial, "initial_statistics": toy.initial_statistics} | options
     options = {"layers": toy.layers, "training": TRAINING, "run": "the-run"} | options
+    options = {"absence_s": 0} | options
     return ParameterServer(workers=workers, steps=STEPS, **options)
 
 

@@ -14,16 +14,19 @@ from dynacomm_async.wire import (
     End,
     Error,
     Gradients,
+    Have,
     Heartbeat,
     Hello,
     Initial,
     Join,
     LayerSpec,
     Leave,
+    Membership,
     Message,
     Parameters,
     Received,
     Report,
+    Resume,
     Subscription,
     Timing,
     Welcome,
@@ -35,6 +38,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 ranges = st.lists(st.builds(Range, numbers, st.integers(1, 2**40)), min_size=1, max_size=4).map(
     tuple
 )
+memberships = st.builds(Membership, numbers, numbers, numbers, numbers)
 policies = st.builds(
     DownPolicy, st.none() | st.integers(1, 2**40), numbers, st.booleans(), st.booleans()
 )
@@ -60,7 +64,7 @@ arrivals = st.lists(st.tuples(numbers, numbers, numbers), max_size=3).map(tuple)
 losses = st.none() | st.floats(allow_nan=False)
 
 MESSAGES: st.SearchStrategy[Message] = st.one_of(
-    st.builds(Hello, numbers, st.none() | texts, st.none() | texts),
+    st.builds(Hello, numbers, st.none() | texts, st.none() | texts, st.none() | memberships),
     st.builds(
         Welcome,
         protocol=numbers,
@@ -73,7 +77,12 @@ MESSAGES: st.SearchStrategy[Message] = st.one_of(
         steps=numbers,
         upload=st.booleans(),
         settings=st.dictionaries(texts, plain, max_size=3),
+        incarnation=numbers,
+        resumed=st.booleans(),
+        silence_ms=numbers,
     ),
+    st.builds(Resume, subscriptions, st.just(()) | ranges),
+    st.builds(Have, versions, st.just(()) | ranges),
     st.builds(Join, texts, subscriptions, texts, tables),
     st.builds(Initial, ranges),
     st.builds(

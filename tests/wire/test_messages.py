@@ -61,10 +61,13 @@ WELCOME = {
     "steps": 9,
     "upload": False,
     "settings": {},
+    "incarnation": 3,
+    "resumed": False,
+    "silence_ms": 15000,
 }
 JOIN = {"fingerprint": "f", "subscribe": [0, True, [[[0, 1]]]], "kernels": "", "layers": None}
 VALID: dict[MessageKind, dict[str, Any]] = {
-    MessageKind.HELLO: {"protocol": 1, "run": None, "fingerprint": None},
+    MessageKind.HELLO: {"protocol": 1, "run": None, "fingerprint": None, "member": [0, 1, 2, 3]},
     MessageKind.WELCOME: WELCOME,
     MessageKind.JOIN: JOIN,
     MessageKind.INITIAL: {"ranges": [[0, 1]]},
@@ -74,6 +77,8 @@ VALID: dict[MessageKind, dict[str, Any]] = {
     MessageKind.END: {},
     MessageKind.ERROR: {"code": "c", "text": "t"},
     MessageKind.LEAVE: {},
+    MessageKind.RESUME: {"subscribe": [3, True, [[[0, 1]]]], "has": [[1, 2]]},
+    MessageKind.HAVE: {"has": []},
 }
 NOT_COUNTS = [None, -1, 1.0, "1", True, [], {}, b"1"]
 NOT_TEXTS = [None, 1, b"text", [], {}, False]
@@ -107,10 +112,14 @@ WRONG_FIELDS: list[tuple[MessageKind, str, list[Any], str]] = [
     (MessageKind.HELLO, "protocol", NOT_COUNTS, "protocol is"),
     (MessageKind.HELLO, "run", NOT_OPTIONAL_TEXTS, "run is"),
     (MessageKind.HELLO, "fingerprint", NOT_OPTIONAL_TEXTS, "fingerprint is"),
+    (MessageKind.HELLO, "member", [7, [], [0, 1, 2], [0, 1, 2, -1], [0, 1, 2, None]], "member is"),
     *[
         (MessageKind.WELCOME, name, NOT_COUNTS, f"{name} is")
         for name in ("protocol", "slot", "term", "workers", "steps")
     ],
+    (MessageKind.WELCOME, "incarnation", NOT_COUNTS, "incarnation is"),
+    (MessageKind.WELCOME, "silence_ms", NOT_COUNTS, "silence_ms is"),
+    (MessageKind.WELCOME, "resumed", NOT_TRUTHS, "resumed is"),
     (MessageKind.WELCOME, "run", NOT_TEXTS, "run is"),
     (MessageKind.WELCOME, "upload", NOT_TRUTHS, "upload is"),
     (MessageKind.WELCOME, "settings", [None, 1, [], "a"], "settings is"),
@@ -124,6 +133,9 @@ WRONG_FIELDS: list[tuple[MessageKind, str, list[Any], str]] = [
     (MessageKind.JOIN, "subscribe", [None, *NOT_SUBSCRIPTIONS], "subscribe is"),
     (MessageKind.JOIN, "subscribe", [[0, True, [rows]] for rows in NOT_RANGES], "range"),
     (MessageKind.JOIN, "subscribe", [[0, policy] for policy in NOT_POLICIES], "policy is"),
+    (MessageKind.RESUME, "subscribe", [None, *NOT_SUBSCRIPTIONS], "subscribe is"),
+    (MessageKind.RESUME, "has", [rows for rows in NOT_RANGES if rows != []], "range"),
+    (MessageKind.HAVE, "has", [rows for rows in NOT_RANGES if rows != []], "range"),
     (MessageKind.INITIAL, "ranges", NOT_RANGES, "range"),
     (MessageKind.PARAMETERS, "ranges", NOT_RANGES, "range"),
     (MessageKind.PARAMETERS, "timing", NOT_TIMINGS, "timing is"),
@@ -156,7 +168,8 @@ def test_a_malformed_field_is_refused_by_name(
             decode_header(kind, VALID[kind] | {name: value})
 
 
-OPTIONAL = {"run", "fingerprint", "layers", "timing", "report", "subscribe"}
+MISNAMED = {"has": "ranges"}
+OPTIONAL = {"run", "fingerprint", "member", "layers", "timing", "report", "subscribe"}
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in VALID for name in VALID[kind]])
@@ -167,11 +180,14 @@ def test_a_missing_field_is_refused_by_name_unless_it_is_optional(
     optional = {
         MessageKind.WELCOME: {"layers"},
         MessageKind.JOIN: {"layers"},
+        MessageKind.RESUME: set(),
     }.get(kind, OPTIONAL)
     if name in optional:
         assert decode_header(kind, header).kind is kind
     else:
-        with pytest.raises(RemoteProtocolError, match=rf"^{kind.name}: {name} is None"):
+        with pytest.raises(
+            RemoteProtocolError, match=rf"^{kind.name}: {MISNAMED.get(name, name)} is None"
+        ):
             decode_header(kind, header)
 
 

@@ -23,14 +23,17 @@ from dynacomm_async.wire import (
     End,
     Error,
     Gradients,
+    Have,
     Heartbeat,
     Hello,
     Initial,
     Join,
     Leave,
+    Membership,
     MessageKind,
     Parameters,
     Report,
+    Resume,
     Role,
     State,
     Subscription,
@@ -44,7 +47,7 @@ PACKAGE = Path(dynacomm_async.wire.__file__).parent.parent
 PAGE = (PACKAGE / "wire" / "PROTOCOL.md").read_text(encoding="utf-8")
 RANGES = (Range(0, 1),)
 FULL = [
-    Hello(1, "r", "f"),
+    Hello(1, "r", "f", Membership(0, 1, 2, 3)),
     Welcome(1, "r", 0, 1, 1, None, 0, 1, False),
     Join("f", Subscription(0, (RANGES,))),
     Initial(RANGES),
@@ -54,6 +57,8 @@ FULL = [
     End(1),
     Error("c", "t"),
     Leave(),
+    Resume(Subscription(0, (RANGES,)), RANGES),
+    Have(0, RANGES),
 ]
 
 

@@ -88,6 +88,28 @@ def test_no_message_kind_belongs_to_nobody() -> None:
     assert {kind for _, _, kind in _TABLE} == set(MessageKind)
 
 
+def test_coming_back_is_legal_and_needs_no_join() -> None:
+    kind = MessageKind
+    said = [
+        (Role.WORKER, kind.HELLO),
+        (Role.SERVER, kind.WELCOME),
+        (Role.WORKER, kind.RESUME),
+        (Role.SERVER, kind.HAVE),
+        (Role.WORKER, kind.GRADIENTS),
+        (Role.SERVER, kind.END),
+        (Role.WORKER, kind.LEAVE),
+    ]
+    take_part(said)
+
+
+def take_part(said: list[tuple[Role, MessageKind]]) -> None:
+    ends = [SessionStates(role) for role in Role]
+    for sender, kind_said in said:
+        for end in ends:
+            (end.send if end.role is sender else end.receive)(kind_said)
+    assert {end.ours for end in ends} == {State.ENDED}
+
+
 def test_a_run_from_hello_to_end_is_legal() -> None:
     kind = MessageKind
     said = [
@@ -105,8 +127,4 @@ def test_a_run_from_hello_to_end_is_legal() -> None:
         (Role.SERVER, kind.END),
         (Role.WORKER, kind.LEAVE),
     ]
-    ends = [SessionStates(role) for role in Role]
-    for sender, kind_said in said:
-        for end in ends:
-            (end.send if end.role is sender else end.receive)(kind_said)
-    assert {end.ours for end in ends} == {State.ENDED}
+    take_part(said)

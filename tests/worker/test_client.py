@@ -17,7 +17,9 @@ from dynacomm_async.server.store import Training
 from dynacomm_async.transport import memory_pair
 from dynacomm_async.wire.grid import LayerSpec
 from dynacomm_async.wire.messages import Hello, Report
-from dynacomm_async.worker.client import Arenas, Board, Client
+from dynacomm_async.worker.board import Board
+from dynacomm_async.worker.client import Arenas, Client
+from dynacomm_async.worker.line import Line
 from dynacomm_async.worker.planning import FixedPlan
 from dynacomm_async.worker.step import Compute, Phase
 
@@ -49,23 +51,24 @@ async def granted(board, phase, layer, step):
     assert board.is_granted(phase, layer, step)
 
 
-async def work(toy, client, numbers):
-    """Be a worker on the loop that the client runs on; gradients are ready in any order."""
+async def work(toy, line, numbers):
+    """Be a worker on the loop that the line runs on; gradients are ready in any order."""
     n_layers, n_parameters = len(toy.layers), toy.grid.n_parameters
-    welcome = await client.greet(Hello())
+    welcome = await line.greet(Hello())
     arenas, board = Arenas.allocate(toy.grid), Board(n_layers)
     estimator = Estimator([(spec.name, 4 * spec.count) for spec in toy.layers])
     plans = random_plan(numbers, n_layers)
-    await client.measure_round_trip()
-    await client.join(welcome, toy.grid, arenas, board, plans, estimator, kernels="")
+    await line.measure_round_trip()
+    client = Client(welcome, toy.grid, arenas, board, plans, estimator)
+    client.join(line)
     for step in range(welcome.steps):
         for layer in range(n_layers):
             await granted(board, Phase.FORWARD, layer, step)
-        client.report(step, Report(toy.loss(welcome.slot, step), 1))
+        client.report(step, 0, Report(toy.loss(welcome.slot, step), 1))
         values = toy.contribution(arenas.incoming[:n_parameters], welcome.slot, step)
         arenas.outgoing[:] = values
         for layer in numbers.sample(range(n_layers), n_layers):
-            client.gradient_ready(step, layer)
+            client.gradient_ready(step, 0, layer)
             for _ in range(numbers.randint(0, 3)):
                 await asyncio.sleep(0)
     ended = asyncio.Event()
@@ -94,15 +97,15 @@ async def test_any_split_of_the_stream_and_any_cuts_give_the_bits_of_a_single_pr
         initial_statistics=toy.initial_statistics,
     )
     async with server:
-        clients = []
+        lines = []
         for _ in range(2):
             _, channel = memory_pair(
                 server.connect_channel,
-                lambda channel: clients.append(Client(channel)) or clients[-1],
+                lambda channel: lines.append(Line(channel)) or lines[-1],
                 piece_nbytes=sizes,
             )
-            assert clients[-1].channel is channel
-        ends = await asyncio.gather(*(work(toy, client, numbers) for client in clients))
+            assert lines[-1].channel is channel
+        ends = await asyncio.gather(*(work(toy, line, numbers) for line in lines))
         result = await server.finished()
 
     parameters, statistics = toy.replay(2, 2, TRAINING)
@@ -114,26 +117,26 @@ async def test_any_split_of_the_stream_and_any_cuts_give_the_bits_of_a_single_pr
 
 async def test_the_round_trip_is_measured_before_the_join(toy):
     async with ParameterServer(toy.layers, workers=1, steps=1, initial=toy.initial) as server:
-        clients = []
+        lines = []
         memory_pair(
-            server.connect_channel, lambda channel: clients.append(Client(channel)) or clients[-1]
+            server.connect_channel, lambda channel: lines.append(Line(channel)) or lines[-1]
         )
-        await clients[0].greet(Hello())
-        await clients[0].measure_round_trip()
-        assert clients[0].round_trip_ns > 0
-        await clients[0].leave()
+        await lines[0].greet(Hello())
+        await lines[0].measure_round_trip()
+        assert lines[0].round_trip_ns > 0
+        await lines[0].say_goodbye()
 
 
 async def test_a_refusal_is_raised_by_the_greeting_with_its_code(toy):
     async with ParameterServer(toy.layers, workers=1, steps=1, initial=toy.initial) as server:
-        clients = []
+        lines = []
         memory_pair(
-            server.connect_channel, lambda channel: clients.append(Client(channel)) or clients[-1]
+            server.connect_channel, lambda channel: lines.append(Line(channel)) or lines[-1]
         )
         with pytest.raises(PeerError, match=r"run is .*, not 'another'") as failure:
-            await clients[0].greet(Hello(run="another"))
+            await lines[0].greet(Hello(run="another"))
         assert failure.value.code == "run-mismatch"
-        await clients[0].leave()
+        await lines[0].say_goodbye()
 
 
 # -- the board -----------------------------------------------------------------------------------

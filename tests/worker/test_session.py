@@ -27,7 +27,7 @@ from dynacomm_async.server.store import Training
 from dynacomm_async.transport import Address, LoopThread
 from dynacomm_async.wire.grid import Grid, LayerSpec
 from dynacomm_async.wire.messages import End, Error, Gradients, Heartbeat, Parameters
-from dynacomm_async.worker import session as session_module
+from dynacomm_async.worker import reaching
 from dynacomm_async.worker.planning import FixedPlan, Plans
 from dynacomm_async.worker.session import Session
 
@@ -309,11 +309,13 @@ async def test_a_session_whose_server_does_not_read_is_left_within_two_seconds(l
 
 
 @pytest.mark.parametrize("when", ["waiting for parameters", "computing", "waiting for the end"])
-async def test_a_server_that_vanishes_ends_the_session_wherever_it_stands(listen_raw, when):
+async def test_a_server_that_vanishes_ends_a_session_without_patience_wherever_it_stands(
+    listen_raw, when
+):
     loop, computing, go = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
 
     def work(address):
-        with Session(address) as session:
+        with Session(address, retry_s=0) as session:
             for step in session.steps():
                 step.wait("front")
                 step.wait("back")
@@ -409,7 +411,7 @@ def test_no_server_is_one_clear_sentence_once_the_patience_is_over(closed_addres
 
 async def test_a_server_that_starts_late_is_found(toy, monkeypatch):
     loop, failed = asyncio.get_running_loop(), asyncio.Event()
-    connect = session_module.connect
+    connect = reaching.connect
 
     async def watched(*args):
         try:
@@ -418,7 +420,7 @@ async def test_a_server_that_starts_late_is_found(toy, monkeypatch):
             loop.call_soon_threadsafe(failed.set)
             raise
 
-    monkeypatch.setattr(session_module, "connect", watched)
+    monkeypatch.setattr(reaching, "connect", watched)
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         address = Address(*holder.getsockname())
@@ -446,7 +448,7 @@ async def test_a_link_that_answers_before_its_server_does_is_asked_again(listen_
 
 
 def test_an_interrupt_while_nobody_answers_leaves_nothing_running(closed_address, monkeypatch):
-    connect = session_module.connect
+    connect = reaching.connect
 
     async def interrupt(*args):
         try:
@@ -458,7 +460,7 @@ def test_an_interrupt_while_nobody_answers_leaves_nothing_running(closed_address
         others = asyncio.all_tasks() - {asyncio.current_task()}
         return len((await asyncio.wait(others, timeout=5))[1]) if others else 0
 
-    monkeypatch.setattr(session_module, "connect", interrupt)
+    monkeypatch.setattr(reaching, "connect", interrupt)
     with LoopThread() as io:
         with pytest.raises(KeyboardInterrupt), Session(closed_address, io=io):
             pass
@@ -466,7 +468,7 @@ def test_an_interrupt_while_nobody_answers_leaves_nothing_running(closed_address
 
 
 async def test_a_peer_that_never_answers_is_named_once_the_greeting_is_overdue(monkeypatch):
-    monkeypatch.setattr("dynacomm_async.worker.session._GREETING_S", 0.05)
+    monkeypatch.setattr("dynacomm_async.worker.reaching._GREETING_S", 0.05)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = Address(*silent.getsockname())
         with pytest.raises(TimeoutError, match="accepts connections but has not answered"):

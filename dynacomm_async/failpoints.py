@@ -1,0 +1,97 @@
+"""Named places at which a test makes a process fail; they cost one comparison when off.
+
+``failpoint("server.after-apply")`` does nothing unless something was armed, in code with
+:func:`arm`, or for a whole process by the environment before it starts::
+
+    DYNACOMM_FAILPOINTS="server.after-apply=kill@7" dynacomm serve ...
+
+kills the process with SIGKILL when it comes to that place for the seventh time. Several are
+separated by commas. Whoever arms them counts what they hit: with ``DYNACOMM_FAILPOINTS_LOG`` set,
+each one that fires leaves a line with its name in that file before it does.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+from dynacomm_async.errors import ConfigError
+
+__all__ = ["FAILPOINTS", "arm", "arm_from", "disarm", "failpoint"]
+
+FAILPOINTS = (
+    "server.greeted",  # a rank was given, or given back, and nobody knows yet
+    "server.before-push",  # gradients have landed, and count for nothing yet
+    "server.after-push",  # they count, and nothing has been applied because of them
+    "server.before-apply",  # complete cells are about to change
+    "server.after-apply",  # they have changed, and nothing of it has been sent
+    "server.step-ended",  # all cells are at the next version
+    "server.before-save",  # a checkpoint is due
+    "server.snapshot",  # it was copied, and is about to be written
+    "server.after-have",  # a member is back and is about to be told what has arrived
+    "worker.before-push",  # a gradient message is about to be sent
+    "worker.after-push",  # it has nearly left
+    "worker.parameters",  # parameters have landed, and count for nothing yet
+    "worker.lost",  # the connection is gone
+    "worker.before-resume",  # a new one is there
+    "worker.rolled-back",  # the server has stepped back
+)
+"""Every name there is."""
+
+_action: Callable[[str], None] | None = None
+
+
+def failpoint(name: str) -> None:
+    """Come to a named place."""
+    if _action is not None:
+        _action(name)
+
+
+def arm(action: Callable[[str], None]) -> None:
+    """Call ``action`` with the name of every failpoint that is come to."""
+    global _action
+    _action = action
+
+
+def disarm() -> None:
+    """Let failpoints do nothing again."""
+    global _action
+    _action = None
+
+
+def arm_from(environment: Mapping[str, str]) -> None:
+    """Arm what ``DYNACOMM_FAILPOINTS`` says; nothing if it is not set.
+
+    Raises:
+        ConfigError: it says something else than ``NAME=kill@N``.
+    """
+    text = environment.get("DYNACOMM_FAILPOINTS", "")
+    if not text:
+        return
+    due: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, rest = part.partition("=")
+        what, _, count = rest.partition("@")
+        if name not in FAILPOINTS or what != "kill" or not count.isdigit():
+            raise ConfigError(
+                f"DYNACOMM_FAILPOINTS: {part!r}, expected NAME=kill@N with a NAME of "
+                f"{', '.join(FAILPOINTS)}"
+            )
+        due[name] = int(count)
+    log = environment.get("DYNACOMM_FAILPOINTS_LOG")
+    seen: Counter[str] = Counter()
+
+    def kill(name: str) -> None:
+        seen[name] += 1
+        if seen[name] == due.get(name):
+            if log is not None:
+                with open(log, "a", encoding="utf-8") as file:  # noqa: PTH123 -- one call before the end
+                    file.write(f"{name}\n")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    arm(kill)
+
+
+arm_from(os.environ)

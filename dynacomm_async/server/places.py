@@ -1,0 +1,127 @@
+"""Who has which rank, who is away for a while, and who has come too late."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from dynacomm_async.server.member import Member, Refusal
+from dynacomm_async.wire.messages import Membership
+
+__all__ = ["Place", "Places"]
+
+
+@dataclass(slots=True, eq=False)
+class Place:
+    """One rank that is taken.
+
+    Attributes:
+        slot: the rank.
+        term: number of the membership that has it.
+        connection: number of the membership's latest connection; -1 before its first one here.
+        member: that connection, or None while the member is away.
+        peer: where it is, for people.
+    """
+
+    slot: int
+    term: int
+    connection: int = 0
+    member: Member | None = None
+    peer: str = "not seen since the server's restart"
+    _away: asyncio.TimerHandle | None = field(default=None, repr=False)
+
+    def wait(self, limit_s: float, give_up: Callable[[], None]) -> None:
+        """The member is away: call ``give_up`` unless it is back within the limit."""
+        self.member = None
+        self.stop_waiting()
+        self._away = asyncio.get_running_loop().call_later(limit_s, give_up)
+
+    def stop_waiting(self) -> None:
+        """Nobody is waited for any more. Idempotent."""
+        if self._away is not None:
+            self._away.cancel()
+            self._away = None
+
+
+class Places:
+    """The ranks of a run.
+
+    Args:
+        n_slots: how many there are.
+        term: the highest term that was given out before.
+    """
+
+    def __init__(self, n_slots: int, term: int = 0) -> None:
+        self.term = term
+        self._n_slots = n_slots
+        self._taken: dict[int, Place] = {}
+
+    def __iter__(self) -> Iterator[Place]:
+        return iter([self._taken[slot] for slot in sorted(self._taken)])
+
+    def __len__(self) -> int:
+        return len(self._taken)
+
+    @property
+    def members(self) -> list[Member]:
+        """Those who are there, in rank order."""
+        return [place.member for place in self if place.member is not None]
+
+    @property
+    def free(self) -> list[int]:
+        """Ranks that nobody has, ascending."""
+        return [slot for slot in range(self._n_slots) if slot not in self._taken]
+
+    def of(self, member: Member) -> Place | None:
+        """Return the place that this connection holds now."""
+        place = None if member.slot is None else self._taken.get(member.slot)
+        return place if place is not None and place.member is member else None
+
+    def take(self, slot: int, member: Member) -> Place:
+        """Give a rank to a newcomer, under a new term, whoever may have had it before."""
+        self.release(slot)
+        self.term += 1
+        place = self._taken[slot] = Place(slot, self.term, 0, member, member.channel.peer)
+        return place
+
+    def hold(self, slot: int, term: int) -> Place:
+        """Keep a rank for a member of an earlier life of the server."""
+        self.term = max(self.term, term)
+        place = self._taken[slot] = Place(slot, term, connection=-1)
+        return place
+
+    def release(self, slot: int) -> None:
+        """Nobody has the rank any more."""
+        place = self._taken.pop(slot, None)
+        if place is not None:
+            place.stop_waiting()
+
+    def come_back(self, claimed: Membership, member: Member) -> Place | None:
+        """Give a member its place back; None where nobody has it, and never had in this run.
+
+        Returns:
+            the place; ``member`` of it is still the former connection, if there is one.
+
+        Raises:
+            Refusal: another membership has it by now, or a later connection was here already.
+        """
+        place = self._taken.get(claimed.slot)
+        if place is None and 0 <= claimed.slot < self._n_slots:
+            return None
+        if place is None or place.term != claimed.term:
+            raise Refusal(
+                "term-outdated",
+                f"the membership of rank {claimed.slot} that this worker comes back to (term "
+                f"{claimed.term}) has ended, and another has its place; start the worker anew",
+            )
+        if claimed.connection <= place.connection:
+            raise Refusal(
+                "connection-outdated",
+                f"rank {claimed.slot} was here with connection {place.connection} already; "
+                f"connection {claimed.connection} comes too late",
+            )
+        place.connection = claimed.connection
+        place.peer = member.channel.peer
+        place.stop_waiting()
+        return place

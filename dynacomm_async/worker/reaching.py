@@ -1,0 +1,122 @@
+"""Finding the server, at first and again: attempts with growing pauses until patience is over."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+
+from dynacomm_async.errors import ChannelBroken, PeerError
+from dynacomm_async.recording import Recorder
+from dynacomm_async.transport import Address, Channel, connect
+from dynacomm_async.transport.channel import Handler
+from dynacomm_async.transport.recorded import RecordedChannel
+from dynacomm_async.wire.messages import Hello, Welcome
+from dynacomm_async.worker.line import Line
+
+__all__ = ["Reacher"]
+
+_GREETING_S = 30.0
+"""How long a server may take to answer a hello; slow links have a part in it."""
+
+_LEAST_ATTEMPT_S = 1.0
+"""How long one attempt to connect may take, at least."""
+
+_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
+
+_TOO_SLOW = {"hello-timeout", "server-draining"}
+"""Refusals that say nothing against another attempt."""
+
+
+class Reacher:
+    """Connects a worker to its server.
+
+    Args:
+        address: the server's.
+        retry_s: how long to try.
+        recorder: takes down what passes over the connections.
+    """
+
+    def __init__(self, address: Address, retry_s: float, recorder: Recorder | None = None) -> None:
+        self._address = address
+        self._retry_s = retry_s
+        self._recorder = recorder
+
+    async def reach(self, make_hello: Callable[[], Hello]) -> tuple[Line, Welcome]:
+        """Connect and be welcomed, for the first time.
+
+        Raises:
+            PeerError: the server refuses; ``code`` and text say why.
+            ChannelBroken: no server answers in time.
+            TimeoutError: something accepts the connection but never answers.
+        """
+        return await self._try(make_hello, first=True)
+
+    async def reach_again(self, make_hello: Callable[[], Hello]) -> tuple[Line, Welcome]:
+        """Connect and be welcomed after a loss: at once, and then with growing pauses.
+
+        Raises:
+            PeerError: the server refuses; ``code`` and text say why.
+            ChannelBroken: no server answers in time.
+        """
+        return await self._try(make_hello, first=False)
+
+    async def _try(self, make_hello: Callable[[], Hello], first: bool) -> tuple[Line, Welcome]:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._retry_s
+        pause = _PAUSE_S
+        while True:
+            try:
+                return await self._attempt(make_hello(), max(deadline - loop.time(), 0.0))
+            except TimeoutError:
+                failure: Exception = TimeoutError(
+                    f"{self._address} accepts connections but has not answered for "
+                    f"{_GREETING_S:g} s: is it a dynacomm server?"
+                )
+                if first:
+                    raise failure from None
+            except ChannelBroken as error:
+                failure = error
+            except PeerError as error:
+                if first or error.code not in _TOO_SLOW:
+                    raise
+                failure = error
+            if loop.time() + pause > deadline:
+                why = failure.__cause__ or failure
+                raise ChannelBroken(
+                    f"no server at {self._address} (tried for {self._retry_s:g} s: {why}); "
+                    "start it, or check --server HOST:PORT"
+                    if first
+                    else f"the connection to {self._address} was lost, and there is no way back "
+                    f"(tried for {self._retry_s:g} s: {why})"
+                ) from failure
+            # Many workers lose one server at the same moment.
+            await asyncio.sleep(pause if first else pause * (0.5 + random.random() / 2))
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+    async def _attempt(self, hello: Hello, limit_s: float) -> tuple[Line, Welcome]:
+        line = await self._connect(max(limit_s, _LEAST_ATTEMPT_S))
+        try:
+            async with asyncio.timeout(_GREETING_S):
+                return line, await line.greet(hello)
+        except BaseException:
+            line.channel.abort()
+            raise
+
+    async def _connect(self, limit_s: float) -> Line:
+        lines: list[Line] = []  # a loop may make one before it knows that nobody answers
+
+        def make_line(channel: Channel) -> Handler:
+            if self._recorder is None:
+                lines.append(Line(channel))
+                return lines[-1]
+            recorded = RecordedChannel(channel, self._recorder)
+            lines.append(Line(recorded, self._recorder))
+            return recorded.handler(lines[-1])
+
+        try:
+            async with asyncio.timeout(limit_s):
+                await connect(make_line, self._address)
+        except TimeoutError:
+            raise ChannelBroken(f"{self._address} does not answer") from None
+        return lines[-1]
