@@ -468,7 +468,7 @@ class StaleRounds:
 
     def _find_minimum(self) -> None:
         clocks = [self._clocks[slot] for slot in self._present]
-        self.minimum = max(self.minimum, min(clocks, default=self.minimum))
+        self.minimum = min(clocks, default=self.minimum)  # nobody has come in below it
 
     def _check_present(self, slot: int) -> None:
         if slot not in self._present:

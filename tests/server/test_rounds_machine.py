@@ -608,6 +608,13 @@ class Stale(RuleBasedStateMachine):
             assert self.rounds.allows(step) == expected
 
     @invariant()
+    def nobody_pushes_beyond_the_bound(self):
+        for slot in self.seats if hasattr(self, "rounds") else ():
+            if not self.allowed(slot):
+                with pytest.raises(RemoteProtocolError, match=f"more than {self.bound} ahead"):
+                    self.rounds.check(slot, self.clocks[slot], [Range(0, 1)])
+
+    @invariant()
     def somebody_can_always_go_on(self):
         if hasattr(self, "rounds") and not self.queue and self.seats:
             assert self.may_push() or self.held or not self.seats
