@@ -16,7 +16,13 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from dynacomm_async.errors import ConfigError, LocalProtocolError, PeerError, ShapeError
+from dynacomm_async.errors import (
+    ChannelBroken,
+    ConfigError,
+    LocalProtocolError,
+    PeerError,
+    ShapeError,
+)
 from dynacomm_async.recording import Recorder
 from dynacomm_async.schedule.account import LinkObserved, WorkerReport, expect, summarise
 from dynacomm_async.schedule.costs import Costs
@@ -325,13 +331,19 @@ class Session:
 
     async def _open(self) -> None:
         reacher = Reacher(self.address, self._retry_s, self.recorder)
-        run = self._run
-        line, self.welcome = await reacher.reach(lambda: Hello(run=run))
-        try:
-            await self._join(line, reacher)
-        except BaseException:
-            line.channel.abort()
-            raise
+        hello = Hello(run=self._run)
+        deadline = asyncio.get_running_loop().time() + self._retry_s
+        while True:
+            line, self.welcome = await reacher.reach(lambda: hello)
+            try:
+                await self._join(line, reacher)
+                return
+            except ChannelBroken:  # it was there, and is gone again
+                if asyncio.get_running_loop().time() > deadline:
+                    raise
+            except BaseException:
+                line.channel.abort()
+                raise
 
     async def _join(self, line: Line, reacher: Reacher) -> None:
         welcome = self.welcome
@@ -351,6 +363,8 @@ class Session:
         self.plans = self._make_plans(welcome)
         self.board = Board(len(self.grid.layers), welcome.version)
         await line.measure_round_trip()
+        if line.error is not None:
+            raise line.error
         self._client = Client(
             welcome,
             self.grid,
@@ -367,8 +381,8 @@ class Session:
 
     def _table(self, welcome: Welcome) -> tuple[LayerSpec, ...]:
         layers = self._layers
-        if callable(layers):
-            layers = layers(welcome.settings)
+        if callable(layers):  # once, however often the server is lost meanwhile
+            layers = self._layers = as_layer_specs(layers(welcome.settings))
         if layers is None:
             if welcome.layers is None:
                 raise ShapeError(

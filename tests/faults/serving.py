@@ -1,0 +1,44 @@
+"""A server as a process of its own, to be killed: ``python serving.py ARGUMENTS-AS-JSON``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from dynacomm_async.optim import SGD, StepDecay
+from dynacomm_async.server import Checkpoints, ParameterServer, Training
+from dynacomm_async.transport import Address, run
+from dynacomm_async.wire.grid import LayerSpec
+
+TRAINING = Training(SGD(0.9, nesterov=True), StepDecay(0.05, 4, 0.5), weight_decay=0.01)
+
+
+async def serve(told: dict) -> None:
+    folder = Path(told["folder"])
+    initial = np.load(folder / "initial.npz")
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        async with ParameterServer(
+            [LayerSpec(*row) for row in told["layers"]],
+            workers=told["workers"],
+            steps=told["steps"],
+            training=TRAINING,
+            initial=initial["parameters"],
+            initial_statistics=initial["statistics"],
+            run="killed",
+            listen=Address("127.0.0.1", told["port"]),
+            checkpoints=checkpoints,
+            checkpoint_every=told["every"],
+            resume=True,
+            heartbeat_s=told.get("heartbeat_s", 15.0),
+            on_step=lambda record: print(record.index, flush=True),
+        ) as server:
+            print("listening", server.address.port, flush=True)
+            result = await server.finished()
+    np.savez(folder / "result.npz", parameters=result.parameters, statistics=result.statistics)
+
+
+if __name__ == "__main__":
+    run(serve(json.loads(sys.argv[1])))
