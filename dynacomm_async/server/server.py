@@ -177,6 +177,7 @@ class ParameterServer:
         self._incarnation = secrets.randbits(31)  # no life that left no trace had the same
         self._saving = None if checkpoints is None else Saving(checkpoints, checkpoint_every)
         self._resume = resume
+        self._draining: Error | None = None
         self._boundary: Boundary | None = None  # where there are checkpoints
         self._began: asyncio.Task[None] | None = None
         self._kernels: str | None = None
@@ -236,6 +237,8 @@ class ParameterServer:
             CheckpointError: the checkpoint was not saved.
         """
         assert self._apply_task is not None
+        if self._began is not None:
+            await asyncio.gather(self._began, return_exceptions=True)
         self._apply_task.cancel()
         await asyncio.gather(self._apply_task, return_exceptions=True)
         saving = self._saving
@@ -244,7 +247,8 @@ class ParameterServer:
         self._boundary.restore()
         if not self._finishing:
             text = f"the server stops at step {self._step}; it may be started again to go on there"
-            self._fail(Error("server-draining", text))
+            self._draining = Error("server-draining", text)
+            self._fail(self._draining)
         saving.offer(self._state().copy())
         await saving.close(_SAVE_S)
         return self._step
@@ -293,6 +297,8 @@ class ParameterServer:
         store = self._store
         if store is not None and hello.fingerprint is not None:
             self._check_fingerprint(store.grid, hello.fingerprint)
+        if self._draining is not None:
+            raise Refusal("server-draining", self._draining.text)
         if self._ended:
             raise Refusal("run-over", "this run has ended; start the server again for another")
         place = None if hello.member is None else self._come_back(member, hello.member)

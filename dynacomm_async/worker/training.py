@@ -120,11 +120,17 @@ def train(
     Raises:
         DynaCommError: what ended the session.
     """
-    images, labels = batches(session.welcome.version)
+    at = session.welcome.version  # the step whose batch is ready
+    images, labels = batches(at)
     for step in session.steps():
+        if step.index != at:  # the server was restarted, and training has stepped back
+            images, labels = batches(step.index)
         draw = seed, step.index, session.welcome.slot
         engine.step(images, labels, _StepHooks(step, engine, slowdown), draw=draw)
+        at = step.index
         # The next batch is made while this step's last gradients are on their way.
-        if step.index + 1 < session.welcome.steps:
-            images, labels = batches(step.index + 1)
-        yield TrainedStep(step.index, engine.loss, step.started_ns, step.compute_ns)
+        if at + 1 < session.welcome.steps:
+            at += 1
+            images, labels = batches(at)
+        if not step.abandoned:
+            yield TrainedStep(step.index, engine.loss, step.started_ns, step.compute_ns)

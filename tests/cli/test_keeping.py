@@ -1,0 +1,65 @@
+"""``serve`` that is stopped by a signal and goes on: checkpoints on the command line."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+LENGTHS = ("--steps", "300", "--workers", "2")
+
+
+@pytest.fixture
+def serve(start, quick, tmp_path):
+    def start_server(*options, listen="127.0.0.1:0"):
+        places = ("--checkpoint-dir", tmp_path / "kept", "--checkpoint-every", "50")
+        program = start(
+            "serve", *quick, *LENGTHS, *places, "--json", "--run=kept", "--listen", listen, *options
+        )
+        found = None
+        while found is None:
+            line = program.read_error_line()
+            assert line, "the server has ended"
+            found = re.match(r"run (\S+): listening on (\S+), ", line)
+        program.address = found[2]
+        return program
+
+    return start_server
+
+
+def sha_of_undisturbed(quick):
+    command = [sys.executable, "-m", "dynacomm_async.cli.main", "train", *quick, *LENGTHS]
+    return json.loads(subprocess.check_output([*command, "--json"]))["parameters_sha256"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_the_first_signal_drains_and_the_run_goes_on_bit_for_bit(serve, start, quick, number):
+    server = serve()
+    workers = [start("work", "--server", server.address) for _ in range(2)]
+    for worker in workers:
+        worker.read_error_line()  # joined
+    began = time.monotonic()
+    server.say(number)
+    outcome = server.finish()
+    assert outcome.code == 0, outcome.err
+    assert time.monotonic() - began < 10
+    stopped = json.loads(outcome.out)
+    assert stopped["drained"] is True
+    assert 0 <= stopped["steps"] < 300
+    again = serve("--resume", listen=server.address)
+    for worker in workers:
+        assert worker.finish().code == 0
+    outcome = again.finish()
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out)["parameters_sha256"] == sha_of_undisturbed(quick)
+
+
+def test_resume_needs_to_know_where_the_checkpoints_are(run, quick):
+    outcome = run("serve", *quick, *LENGTHS, "--resume", "--listen", "127.0.0.1:0")
+    assert outcome.code == 1
+    assert "--resume without --checkpoint-dir" in outcome.complaint
