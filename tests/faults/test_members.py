@@ -13,6 +13,7 @@ import pytest
 
 import dynacomm_async
 from dynacomm_async.errors import ChannelBroken, PeerError
+from dynacomm_async.link import Link, LinkSettings
 from dynacomm_async.optim import SGD, Constant
 from dynacomm_async.ranges import Range
 from dynacomm_async.server.server import ParameterServer
@@ -299,3 +300,21 @@ def test_no_limit_looks_at_a_clock_that_can_be_set():
                 if isinstance(node, ast.Attribute) and node.attr in {"time", "time_ns"}:
                     owner = ast.unparse(node.value)
                     assert owner not in {"time", "datetime"}, f"{path}:{node.lineno}"
+
+
+@pytest.mark.slow
+async def test_a_link_that_collapses_slows_training_and_kills_nobody(toy):
+    """One message takes several limits to come through, and both ends wait for it in peace."""
+    toy = type(toy)((LayerSpec("large", 60_000, decay=9), LayerSpec("small", 10)))
+    slow = LinkSettings(rate_down_bytes_per_s=125_000, rate_up_bytes_per_s=125_000)
+    async with (
+        serve(toy, heartbeat_s=0.5, absence_s=0, initial_statistics=None) as server,
+        Link(slow, to=tuple(server.address)) as link,
+    ):
+        began = time.monotonic()
+        work = asyncio.to_thread(toy.work, link.address, strategy="sequential", retry_s=0)
+        replica = await work
+        result = await server.finished()
+        assert time.monotonic() - began > 10  # nine transfers of two seconds: four limits each
+    expected, _ = toy.replay(1, STEPS, TRAINING)
+    assert result.parameters.tobytes() == replica.parameters.tobytes() == expected.tobytes()
