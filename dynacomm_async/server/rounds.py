@@ -238,6 +238,15 @@ class Rounds:
             return [Range(0, len(self._owed))]
         return _runs(self._arrived[slot], 0)
 
+    def withdraw(self, slot: int) -> None:
+        """Take back what has arrived in this slot: a new member in it will push the step anew.
+
+        Only while no cell of the step is complete, and without a quorum.
+        """
+        self._owed[self._arrived[slot]] += 1
+        self._arrived[slot] = False
+        self._n_arrived[slot] = 0
+
     def skips(self, slot: int) -> int:
         """Return the last step that the member in this slot is to skip, or -1."""
         return self._skipped[slot]

@@ -341,6 +341,8 @@ class ParameterServer:
         if self._training_began:
             away = [place.slot for place in self._places if place.member is None]
             free = [] if self._applied or self._complete else away
+            if free and self._rounds is not None:
+                self._rounds.withdraw(free[0])  # the newcomer computes the step anew
         if not free:
             raise Refusal(
                 "run-full",
