@@ -39,7 +39,7 @@ def check(toy, n_workers, result, arenas):
 
 
 @pytest.mark.parametrize(
-    "seed", [pytest.param(seed, marks=pytest.mark.soak if seed >= 6 else ()) for seed in range(25)]
+    "seed", [pytest.param(seed, marks=pytest.mark.soak if seed >= 6 else ()) for seed in range(8)]
 )
 async def test_random_cuts_end_with_the_bits_of_a_single_process(toy, loop_factory, faults, seed):
     toy, numbers = type(toy)(LAYERS), random.Random(seed)
@@ -63,7 +63,7 @@ async def test_one_cut_at_each_place_of_the_stream_changes_no_bit(toy, loop_fact
     """A single worker; the first connection is cut after n bytes, for many n."""
     toy = type(toy)(LAYERS)
     n_cuts = 0
-    for nbytes in [*range(1, 1200, 37), *range(1200, 140_000, 2111)]:
+    for nbytes in [*range(1, 1200, 97), *range(1200, 140_000, 7919)]:
         numbers = random.Random(nbytes)
         budgets = iter([nbytes])
         async with serve(toy, 1) as server:
@@ -72,7 +72,7 @@ async def test_one_cut_at_each_place_of_the_stream_changes_no_bit(toy, loop_fact
             result = await server.finished()
         n_cuts += limited.cuts
         check(toy, 1, result, arenas)
-    assert n_cuts > 60
+    assert n_cuts > 20
 
 
 def _then_none(budgets):
