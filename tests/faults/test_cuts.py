@@ -39,7 +39,7 @@ def check(toy, n_workers, result, arenas):
 
 
 @pytest.mark.parametrize(
-    "seed", [pytest.param(seed, marks=pytest.mark.soak if seed >= 6 else ()) for seed in range(8)]
+    "seed", [pytest.param(seed, marks=pytest.mark.soak if seed >= 6 else ()) for seed in range(25)]
 )
 async def test_random_cuts_end_with_the_bits_of_a_single_process(toy, loop_factory, faults, seed):
     toy, numbers = type(toy)(LAYERS), random.Random(seed)
