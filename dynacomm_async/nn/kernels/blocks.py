@@ -152,35 +152,19 @@ def plan_blocks(
 
 
 @dataclass(frozen=True, slots=True)
-class GroupBlock:
+class GroupBlock(Block):
     """Some output pixels of a convolution in groups; as :class:`Block` but for its axes.
 
     Attributes:
         windows: view (groups, n, h, w, kh, kw, channels of a group) of the bordered input.
         columns: view of the workspace, of the same shape.
         matrix: the same memory as (groups, pixels, kh * kw * channels of a group).
-        images: which images of the batch.
-        lines: which lines of the output.
     """
-
-    windows: Array
-    columns: Array
-    matrix: Array
-    images: slice
-    lines: slice
 
     @property
     def rows(self) -> int:
         """Output pixels in this block."""
         return int(self.matrix.shape[1])
-
-    def fill(self) -> None:
-        """Copy what the pixels see into the columns."""
-        np.copyto(self.columns, self.windows)
-
-    def cut(self, array: Array) -> Array:
-        """This block's part of an (N, OH, ...) array, as a view."""
-        return array[self.images, self.lines]
 
 
 def plan_group_blocks(
