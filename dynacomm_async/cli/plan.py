@@ -118,9 +118,9 @@ def describe_plan(strategy: str, costs: Costs) -> dict[str, Any]:
     Where the strategy needs no barrier between steps, the messages are those of the simulated
     step, with what each carries as byte ranges, and ``plan`` is the rule that makes them.
     """
-    plan = find_planner(strategy)(costs)
-    timeline = evaluate(plan, costs)
     run = forecast(find_planner(strategy), costs)
+    plan = run.plans[0]
+    timeline = evaluate(plan, costs)
     bound = bound_of_all_ns(costs)
     return {
         "strategy": strategy,

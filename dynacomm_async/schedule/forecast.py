@@ -23,10 +23,12 @@ class Forecast:
     """The step of a run.
 
     Attributes:
-        own_ns: what each worker's step would be if it trained alone; the table's own first.
+        plans: what each worker follows; the table's own first.
+        own_ns: what each worker's step would be if it trained alone.
         step_ns: the step of all.
     """
 
+    plans: tuple[AnyPlan, ...]
     own_ns: tuple[int, ...]
     step_ns: int
 
@@ -49,13 +51,13 @@ def split(costs: Costs) -> tuple[Costs, ...]:
 def forecast(planner: Callable[[Costs], AnyPlan], costs: Costs) -> Forecast:
     """Return the step of a run whose workers all follow ``planner``, each for its own costs."""
     tables = split(costs)
-    plans = [planner(own) for own in tables]
+    plans = tuple(map(planner, tables))
     own_ns = tuple(evaluate(plan, own).step_ns for plan, own in zip(plans, tables, strict=True))
     step_ns = max(own_ns)
     apart = any(map(is_crossing, plans)) and not any(own.half_duplex for own in tables)
     if len(tables) > 1 and apart:
         step_ns = max(step_ns, lockstep_ns([Crossing(own) for own in tables], plans))
-    return Forecast(own_ns, step_ns)
+    return Forecast(plans, own_ns, step_ns)
 
 
 def bound_of_all_ns(costs: Costs) -> LowerBound:
