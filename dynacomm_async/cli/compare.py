@@ -329,7 +329,7 @@ def _print_waits(found: Comparison) -> None:
         waits = [
             f"worker {worker} {seconds(wait_s)}"
             for worker, wait_s in enumerate(entry["waits_s"])
-            if wait_s > entry["predicted_s"] / 10
+            if worker != slowest and wait_s > entry["predicted_s"] / 10
         ]
         if waits:
             print(f"waiting for worker {slowest} under {name}: {', '.join(waits)} of every step")
