@@ -8,8 +8,11 @@ the result has the same bits however cells are grouped and in whatever order the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +25,10 @@ from dynacomm_async.wire.grid import Grid
 __all__ = ["LayerOptions", "Store", "Training", "is_sound", "parameters_sha256"]
 
 Floats = NDArray[np.float32]
+
+_BLOCK_FLOATS = 32 * 1024
+"""Floats that are joined and updated together. Whatever a rule needs for that (six arrays of
+128 KiB for Adam) stays in a core's L2 from one pass over it to the next."""
 
 _CHECK_FLOATS = 1 << 18
 """Floats (1 MiB) that :func:`is_sound` looks at together. Smaller pieces cost more for their calls
@@ -95,8 +102,8 @@ class Store:
 
     Attributes:
         arena: (n_floats,) float32: parameters, then running statistics. The store alone writes.
-        contributions: one (n_floats,) float32 array for each rank; a push is received into it,
-            and :meth:`apply` uses it up.
+        contributions: one (n_floats,) float32 array for each rank; a push is received into it.
+            The store only reads.
         states: the update rule's, (n_parameters,) float32 each. The store alone writes.
     """
 
@@ -111,6 +118,7 @@ class Store:
             np.zeros(grid.n_parameters, dtype=np.float32) for _ in range(training.rule.n_states)
         )
         self._spans = _spans(grid, training)
+        self._joined: Floats = np.empty(_BLOCK_FLOATS, dtype=np.float32)
 
     @property
     def parameters(self) -> Floats:
@@ -151,7 +159,7 @@ class Store:
     def is_sound(self, slot: int, ranges: Iterable[Range]) -> bool:
         """Return whether cells of a contribution are free of poison: NaN, infinite or huge values.
 
-        Call it before :meth:`apply`, which uses contributions up. See :func:`is_sound`.
+        See :func:`is_sound`.
         """
         contribution = self.contributions[slot]
         return all(
@@ -159,44 +167,63 @@ class Store:
             for start, stop in (self.grid.floats(*cells) for cells in ranges)
         )
 
-    def apply(self, cells: Range, step: int) -> None:
-        """Join the contributions to complete cells and update the cells with them.
+    def apply(self, cells: Range, step: int, slots: Sequence[int] | None = None) -> None:
+        """Join contributions to cells and update the cells with them.
 
         Takes about 1 ms per mebibyte; callers on an event loop cut their ranges to that.
+
+        Args:
+            cells: what is updated.
+            step: 0-based index of the update.
+            slots: whose contributions count, ascending; they are only read, and no others are
+                looked at. None: all. Nobody's: the cells stay as they are.
         """
+        chosen = range(len(self.contributions)) if slots is None else slots
+        parts = [self.contributions[slot] for slot in chosen]
+        if not parts:
+            return
         start, stop = self.grid.floats(*cells)
-        joined = self.contributions[0][start:stop]
-        for contribution in self.contributions[1:]:
-            joined += contribution[start:stop]
-        if len(self.contributions) > 1:
-            joined /= np.float32(len(self.contributions))
-        n_parameters = self.grid.n_parameters
-        if start < n_parameters:
-            self._update(start, min(stop, n_parameters), joined[: n_parameters - start], step)
-        if stop > n_parameters:
-            skipped = max(start, n_parameters)
-            self._move_statistics(skipped, stop, joined[skipped - start :])
+        middle = min(max(start, self.grid.n_parameters), stop)
+        for first, last in _blocks(start, middle):
+            self._update(first, last, self._join(parts, first, last), step)
+        for first, last in _blocks(middle, stop):
+            self._move_statistics(first, last, self._join(parts, first, last))
+
+    def _join(self, parts: Sequence[Floats], start: int, stop: int) -> Floats:
+        """Return the mean of a block of the contributions; it is only to be read."""
+        if len(parts) == 1:
+            return parts[0][start:stop]
+        joined = self._joined[: stop - start]
+        np.add(parts[0][start:stop], parts[1][start:stop], out=joined)
+        for part in parts[2:]:
+            np.add(joined, part[start:stop], out=joined)
+        return np.divide(joined, np.float32(len(parts)), out=joined)
 
     def _update(self, start: int, stop: int, gradient: Floats, step: int) -> None:
         rate = self.training.rate.rate(step)
-        for span in self._spans:
+        for span in self._spans_from(start):
             first, last = max(start, span.start), min(stop, span.stop)
-            if first < last:
-                self.training.rule.update(
-                    self.arena[first:last],
-                    gradient[first - start : last - start],
-                    tuple(state[first:last] for state in self.states),
-                    step=step,
-                    rate=rate * span.rate_scale,
-                    decay=span.decay,
-                )
+            if first >= last:
+                return
+            self.training.rule.update(
+                self.arena[first:last],
+                gradient[first - start : last - start],
+                tuple(state[first:last] for state in self.states),
+                step=step,
+                rate=rate * span.rate_scale,
+                decay=span.decay,
+            )
+
+    def _spans_from(self, start: int) -> Iterator[_Span]:
+        """Yield the span that ``start`` lies in and those after it, which leave no gap."""
+        index = bisect_right(self._spans, start, key=attrgetter("stop"))
+        return islice(self._spans, index, None)
 
     def _move_statistics(self, start: int, stop: int, batch: Floats) -> None:
         momentum = np.float32(self.training.statistics_momentum)
         running = self.arena[start:stop]
         running *= np.float32(1) - momentum
-        batch *= momentum
-        running += batch
+        running += np.multiply(batch, momentum, out=self._joined[: stop - start])
 
     def parameters_sha256(self) -> str:
         """See :func:`parameters_sha256`."""
@@ -227,6 +254,11 @@ def is_sound(values: Floats, limit: float) -> bool:
             ):
                 return False
     return True
+
+
+def _blocks(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    for first in range(start, stop, _BLOCK_FLOATS):
+        yield first, min(first + _BLOCK_FLOATS, stop)
 
 
 def _spans(grid: Grid, training: Training) -> list[_Span]:

@@ -72,30 +72,83 @@ def element_options(grid, training):
     return scale, decay
 
 
+def draw_choices(numbers, store, steps):
+    """For each step ranges that cover all cells, each with the slots that count: maybe none."""
+    slots = range(len(store.contributions))
+    cuts = [draw_cuts(numbers, store.grid.n_cells) for _ in range(steps)]
+    return [
+        [(cells, tuple(slot for slot in slots if numbers.random() < 0.6)) for cells in cut]
+        for cut in cuts
+    ]
+
+
+def counted(grid, n_workers, choices):
+    """(n_workers, n_floats) bool: whose contribution counts for which element of a step."""
+    counts = np.zeros((n_workers, grid.n_floats), np.bool_)
+    for cells, slots in choices:
+        start, stop = grid.floats(*cells)
+        counts[list(slots), start:stop] = True
+    return counts
+
+
+def mean_of_counted(parts, counts, t):
+    """The rank-order mean of each element over those that count, NaN where nobody does."""
+    total, n = np.full(parts.shape[1], t("nan")), np.zeros(parts.shape[1], np.int64)
+    for part, one in zip(parts.astype(t), counts, strict=True):
+        total = np.where(one, np.where(n == 0, part, total + part), total)
+        n = n + one
+    return np.where(n == 0, t("nan"), total / np.maximum(n, 1).astype(t))
+
+
+def replay_counted(grid, training, parameters, statistics, contributions, choices, dtype):
+    """Like :func:`replay`, with those contributions only that were chosen for a range of cells."""
+    n_parameters = grid.n_parameters
+    p, running = parameters.astype(dtype), statistics.astype(dtype)
+    states = (np.zeros_like(p), np.zeros_like(p))
+    for step, (parts, chosen) in enumerate(zip(contributions, choices, strict=True)):
+        counts = counted(grid, len(parts), chosen)
+        mean = mean_of_counted(parts, counts, dtype)
+        moves = counts.any(axis=0)
+        new = one_step(grid, training, (p, running, *states), mean, step, dtype)
+        edge = (slice(0, n_parameters), slice(n_parameters, None))
+        p, running, *states = (
+            np.where(moves[edge[index == 1]], after, before)
+            for index, (after, before) in enumerate(zip(new, (p, running, *states), strict=True))
+        )
+    return p, running
+
+
 def replay(grid, training, parameters, statistics, contributions, dtype):
     """All steps on whole vectors, in the precision of ``dtype``."""
-    rule, t = training.rule, dtype
-    scale, decay = element_options(grid, training)
-    p, running = parameters.astype(t), statistics.astype(t)
+    p, running = parameters.astype(dtype), statistics.astype(dtype)
     v, s = np.zeros_like(p), np.zeros_like(p)
     for step, parts in enumerate(contributions):
-        total = parts[0].astype(t)
+        total = parts[0].astype(dtype)
         for part in parts[1:]:
-            total = total + part.astype(t)
-        mean = total / t(len(parts))
-        g, batch = mean[: grid.n_parameters], mean[grid.n_parameters :]
-        momentum = t(np.float32(training.statistics_momentum))
-        running = running * (t(1) - momentum) + batch * momentum
-        rate = np.array([training.rate.rate(step) * x for x in scale])
-        if isinstance(rule, Adam):
-            p, v, s = adam(rule, p, g, v, s, step, rate, decay, t)
-        else:
-            d = np.where(decay != 0, g + p * decay.astype(np.float32).astype(t), g)
-            if rule.momentum:
-                v = v * t(np.float32(rule.momentum)) + d
-                d = d + v * t(np.float32(rule.momentum)) if rule.nesterov else v
-            p = p - d * rate.astype(np.float32).astype(t)
+            total = total + part.astype(dtype)
+        mean = total / dtype(len(parts))
+        p, running, v, s = one_step(grid, training, (p, running, v, s), mean, step, dtype)
     return p, running
+
+
+def one_step(grid, training, before, mean, step, t):
+    """Parameters, running statistics and the rule's two states after an update with ``mean``."""
+    p, running, v, s = before
+    rule = training.rule
+    scale, decay = element_options(grid, training)
+    g, batch = mean[: grid.n_parameters], mean[grid.n_parameters :]
+    momentum = t(np.float32(training.statistics_momentum))
+    running = running * (t(1) - momentum) + batch * momentum
+    rate = np.array([training.rate.rate(step) * x for x in scale])
+    if isinstance(rule, Adam):
+        p, v, s = adam(rule, p, g, v, s, step, rate, decay, t)
+    else:
+        d = np.where(decay != 0, g + p * decay.astype(np.float32).astype(t), g)
+        if rule.momentum:
+            v = v * t(np.float32(rule.momentum)) + d
+            d = d + v * t(np.float32(rule.momentum)) if rule.nesterov else v
+        p = p - d * rate.astype(np.float32).astype(t)
+    return p, running, v, s
 
 
 def adam(rule, p, g, m, s, step, rate, decay, t):
@@ -159,6 +212,45 @@ def test_steps_stay_close_to_double_precision(seed):
     for ours, exact in zip((store.parameters, store.statistics), expected, strict=True):
         scale = max(1.0, np.abs(exact).max(initial=0.0))
         np.testing.assert_allclose(ours, exact, rtol=0, atol=2e-6 * scale)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_only_the_chosen_contributions_of_a_range_count_and_nobodys_change_nothing(seed):
+    numbers, store, parameters, statistics, contributions = draw_case(seed)
+    choices = draw_choices(numbers, store, len(contributions))
+
+    for step, (parts, chosen) in enumerate(zip(contributions, choices, strict=True)):
+        counts = counted(store.grid, len(parts), chosen)
+        for slot, part in enumerate(parts):
+            store.contributions[slot][:] = np.where(counts[slot], part, np.float32("nan"))
+            store.contributions[slot].flags.writeable = False
+        for cells, slots in chosen:
+            store.apply(cells, step, slots)
+        for contribution in store.contributions:
+            contribution.flags.writeable = True
+
+    expected = replay_counted(
+        store.grid, store.training, parameters, statistics, contributions, choices, np.float32
+    )
+    assert store.parameters.tobytes() == expected[0].tobytes()
+    assert store.statistics.tobytes() == expected[1].tobytes()
+
+
+def test_a_range_of_several_blocks_equals_the_whole_vector_formulas():
+    grid = Grid([LayerSpec("wide", 70_000, 70_000), LayerSpec("b", 9, 0, 40_000)])
+    for seed, rule in enumerate(RULES.values()):
+        training = Training(rule, Constant(0.1), 0.01)
+        contributions = draw_contributions(seed, 2, 3, grid.n_floats)
+        store = Store(grid, 3, training)
+        for step, parts in enumerate(contributions):
+            for target, part in zip(store.contributions, parts, strict=True):
+                target[:] = part
+            store.apply(Range(0, grid.n_cells), step)
+
+        zeros = np.zeros(grid.n_parameters, np.float32), np.zeros(grid.n_statistics, np.float32)
+        expected = replay(grid, training, *zeros, contributions, np.float32)
+        assert store.parameters.tobytes() == expected[0].tobytes()
+        assert store.statistics.tobytes() == expected[1].tobytes()
 
 
 def test_contributions_are_summed_in_rank_order():
