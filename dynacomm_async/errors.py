@@ -91,3 +91,7 @@ class PeerError(DynaCommError):
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+    def __reduce__(self) -> tuple[type[PeerError], tuple[str, str]]:
+        """Pickle with the code, since errors cross processes in other people's frameworks."""
+        return type(self), (self.code, str(self))

@@ -385,7 +385,8 @@ class Toy:
     ) -> Replica:
         """Be a worker until the end; blocks."""
         options = {"layers": self.layers, "retry_s": 10.0} | options
-        with Session(Address(*address), **options) as session:  # type: ignore[misc]
+        where = address if callable(address) else Address(*address)  # type: ignore[misc]
+        with Session(where, **options) as session:
             slot, n_parameters = session.welcome.slot, self.grid.n_parameters
             for step in session.steps():
                 if at_step is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 
 import pytest
@@ -50,6 +51,11 @@ def test_a_peers_error_has_its_code_and_reads_as_its_text() -> None:
     error = PeerError("run-full", "no place left")
     assert (error.code, str(error)) == ("run-full", "no place left")
     assert isinstance(error, DynaCommError)
+
+
+def test_a_peers_error_crosses_processes_with_its_code() -> None:
+    error = pickle.loads(pickle.dumps(PeerError("run-full", "no place left")))
+    assert (type(error), error.code, str(error)) == (PeerError, "run-full", "no place left")
 
 
 def test_the_branches_that_call_for_different_action_are_apart() -> None:

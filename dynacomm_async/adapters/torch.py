@@ -65,9 +65,8 @@ from dynacomm_async.adapters.torch_model import (
     try_out,
 )
 from dynacomm_async.errors import ConfigError, LocalProtocolError
-from dynacomm_async.transport import Address
 from dynacomm_async.wire.grid import LayerSpec
-from dynacomm_async.worker import Session, Step
+from dynacomm_async.worker import Session, Step, Whereabouts
 
 __all__ = ["Decays", "Sample", "TorchSession", "TorchStep", "layer_specs"]
 
@@ -91,7 +90,7 @@ class TorchSession:
     """One worker's membership of a run that trains a module. A context manager.
 
     Args:
-        address: the server's, as ``host:port``.
+        address: the server's, as :class:`dynacomm_async.Session` takes it.
         model: the module; its values are the initial ones if this worker gets rank 0 and the server
             has none. They are taken now.
         sample: an input (or a tuple of arguments, or a function that is given the module) for a
@@ -117,7 +116,7 @@ class TorchSession:
 
     def __init__(
         self,
-        address: str | Address,
+        address: str | Whereabouts,
         model: nn.Module,
         sample: Sample | None = None,
         *,

@@ -3,6 +3,7 @@
 from dynacomm_async.worker.aio import AsyncSession, AsyncStep, connect
 from dynacomm_async.worker.metrics import Metrics
 from dynacomm_async.worker.planning import WARMUP_STEPS, AdaptivePlans, FixedPlan, Plans
+from dynacomm_async.worker.reaching import Whereabouts
 from dynacomm_async.worker.session import DEFAULT_PORT, DEFAULT_STRATEGY, Session
 from dynacomm_async.worker.step import StepMachine
 from dynacomm_async.worker.taken import Step
@@ -22,6 +23,7 @@ __all__ = [
     "Step",
     "StepMachine",
     "TrainedStep",
+    "Whereabouts",
     "bind_engine",
     "connect",
     "layer_specs",

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from dynacomm_async.errors import DynaCommError
 from dynacomm_async.schedule.account import WorkerReport
-from dynacomm_async.transport import Address
 from dynacomm_async.worker.metrics import Metrics
+from dynacomm_async.worker.reaching import Whereabouts
 from dynacomm_async.worker.session import Layers, Session
 from dynacomm_async.worker.step import Phase
 from dynacomm_async.worker.taken import Step
@@ -28,7 +28,9 @@ __all__ = ["AsyncSession", "AsyncStep", "connect"]
 Floats = NDArray[np.float32]
 
 
-def connect(address: str | Address, layers: Layers | None = None, **options: Any) -> AsyncSession:
+def connect(
+    address: str | Whereabouts, layers: Layers | None = None, **options: Any
+) -> AsyncSession:
     """Return a session to enter with ``async with``.
 
     Example::

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from typing import TypeAlias
 
 from dynacomm_async.errors import ChannelBroken, PeerError
 from dynacomm_async.recording import Recorder
@@ -14,7 +15,11 @@ from dynacomm_async.transport.recorded import RecordedChannel
 from dynacomm_async.wire.messages import Hello, Welcome
 from dynacomm_async.worker.line import Line
 
-__all__ = ["Reacher"]
+__all__ = ["Reacher", "Whereabouts"]
+
+Whereabouts: TypeAlias = Address | Callable[[], Address]
+"""Where a server is, or a function that finds out. It is called in a thread of its own before each
+attempt to connect, may block for some seconds, and raises ChannelBroken while nobody knows."""
 
 _GREETING_S = 30.0
 """How long a server may take to answer a hello; slow links have a part in it."""
@@ -32,13 +37,16 @@ class Reacher:
     """Connects a worker to its server.
 
     Args:
-        address: the server's.
+        server: where it is.
         retry_s: how long to try.
         recorder: takes down what passes over the connections.
     """
 
-    def __init__(self, address: Address, retry_s: float, recorder: Recorder | None = None) -> None:
-        self._address = address
+    def __init__(
+        self, server: Whereabouts, retry_s: float, recorder: Recorder | None = None
+    ) -> None:
+        self._server = server
+        self._address = None if callable(server) else server  # the latest known
         self._retry_s = retry_s
         self._recorder = recorder
 
@@ -82,12 +90,12 @@ class Reacher:
                     raise
                 failure = error
             if loop.time() + pause > deadline:
-                why = failure.__cause__ or failure
+                why, where = failure.__cause__ or failure, self._address or "an unknown address"
                 raise ChannelBroken(
-                    f"no server at {self._address} (tried for {self._retry_s:g} s: {why}); "
+                    f"no server at {where} (tried for {self._retry_s:g} s: {why}); "
                     "start it, or check --server HOST:PORT"
                     if first
-                    else f"the connection to {self._address} was lost, and there is no way back "
+                    else f"the connection to {where} was lost, and there is no way back "
                     f"(tried for {self._retry_s:g} s: {why})"
                 ) from failure
             # Many workers lose one server at the same moment.
@@ -95,7 +103,8 @@ class Reacher:
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 
     async def _attempt(self, hello: Hello, limit_s: float) -> tuple[Line, Welcome]:
-        line = await self._connect(max(limit_s, _LEAST_ATTEMPT_S))
+        address = await self._locate()
+        line = await self._connect(address, max(limit_s, _LEAST_ATTEMPT_S))
         try:
             async with asyncio.timeout(_GREETING_S):
                 return line, await line.greet(hello)
@@ -103,7 +112,13 @@ class Reacher:
             line.channel.abort()
             raise
 
-    async def _connect(self, limit_s: float) -> Line:
+    async def _locate(self) -> Address:
+        if callable(self._server):
+            self._address = await asyncio.to_thread(self._server)
+        assert self._address is not None
+        return self._address
+
+    async def _connect(self, address: Address, limit_s: float) -> Line:
         lines: list[Line] = []  # a loop may make one before it knows that nobody answers
 
         def make_line(channel: Channel) -> Handler:
@@ -116,7 +131,7 @@ class Reacher:
 
         try:
             async with asyncio.timeout(limit_s):
-                await connect(make_line, self._address)
+                await connect(make_line, address)
         except TimeoutError:
-            raise ChannelBroken(f"{self._address} does not answer") from None
+            raise ChannelBroken(f"{address} does not answer") from None
         return lines[-1]

@@ -28,7 +28,7 @@ from dynacomm_async.schedule.account import LinkObserved, WorkerReport, expect, 
 from dynacomm_async.schedule.costs import Costs
 from dynacomm_async.schedule.estimator import Estimator
 from dynacomm_async.schedule.planners import find_planner
-from dynacomm_async.transport import Address, LoopThread, parse_address
+from dynacomm_async.transport import LoopThread, parse_address
 from dynacomm_async.wire.grid import Grid, LayerSpec, as_layer_specs
 from dynacomm_async.wire.messages import Hello, Welcome
 from dynacomm_async.worker.board import Board
@@ -36,7 +36,7 @@ from dynacomm_async.worker.client import Arenas, Client
 from dynacomm_async.worker.line import Line
 from dynacomm_async.worker.metrics import Metrics
 from dynacomm_async.worker.planning import AdaptivePlans, Plans
-from dynacomm_async.worker.reaching import Reacher
+from dynacomm_async.worker.reaching import Reacher, Whereabouts
 from dynacomm_async.worker.searching import SearchedPlans
 from dynacomm_async.worker.taken import Step
 
@@ -74,7 +74,9 @@ class Session:
                 step.gradient_ready("w")
 
     Args:
-        address: the server's, as ``host:port``.
+        address: the server's, as ``host:port``; or a function that says where it is now, for one
+            that may come back elsewhere. The function is called in a thread before each attempt
+            to connect, may block for some seconds, and raises ChannelBroken while nobody knows.
         layers: the model's layers in forward order, or a function that makes them from the
             server's settings; None takes the server's table.
         initial: (n,) float32 initial parameters, for a server that has none; copied.
@@ -114,7 +116,7 @@ class Session:
 
     def __init__(
         self,
-        address: str | Address,
+        address: str | Whereabouts,
         layers: Layers | None = None,
         *,
         initial: Floats | None = None,

@@ -22,6 +22,7 @@ from dynacomm_async.errors import (
 from dynacomm_async.optim import SGD, Constant
 from dynacomm_async.ranges import Range
 from dynacomm_async.schedule import Plan
+from dynacomm_async.server.checkpoint import Checkpoints
 from dynacomm_async.server.server import ParameterServer
 from dynacomm_async.server.store import Training
 from dynacomm_async.transport import Address, LoopThread
@@ -431,6 +432,52 @@ async def test_a_server_that_starts_late_is_found(toy, monkeypatch):
         await server.finished()
 
     assert replica.parameters.tobytes() == toy.replay(1, 3, TRAINING)[0].tobytes()
+
+
+async def test_a_server_that_comes_back_elsewhere_is_asked_for_and_followed(toy, tmp_path):
+    loop, under_way, unknown = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
+    places: list[Address] = []
+    options = {"steps": 6, "checkpoint_every": 1}
+
+    def find():
+        if places:
+            return places[0]
+        loop.call_soon_threadsafe(unknown.set)
+        raise ChannelBroken("nobody knows where it is")
+
+    def at_step(session, index):
+        if index == 3:
+            loop.call_soon_threadsafe(under_way.set)
+
+    work = asyncio.create_task(asyncio.to_thread(toy.work, find, at_step))
+    await unknown.wait()
+    with Checkpoints(tmp_path) as checkpoints:
+        async with serve(toy, checkpoints=checkpoints, **options) as server:
+            places[:] = [server.address]
+            await under_way.wait()
+            places.clear()
+            unknown.clear()
+            await server.drain()
+        await unknown.wait()
+        async with serve(toy, checkpoints=checkpoints, resume=True, **options) as server:
+            places[:] = [server.address]
+            result = await server.finished()
+    replica = await work
+
+    for end in (replica, result):
+        assert end.parameters.tobytes() == toy.replay(1, 6, TRAINING)[0].tobytes()
+
+
+def test_an_address_that_stays_unknown_is_said_in_one_sentence():
+    def find():
+        raise ChannelBroken("its name is not in the directory")
+
+    with pytest.raises(ChannelBroken) as failure, Session(find, retry_s=0):
+        pass
+    assert str(failure.value) == (
+        "no server at an unknown address (tried for 0 s: its name is not in the directory); "
+        "start it, or check --server HOST:PORT"
+    )
 
 
 async def test_a_link_that_answers_before_its_server_does_is_asked_again(listen_raw):
