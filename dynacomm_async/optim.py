@@ -139,6 +139,10 @@ class SGD:
         if self.nesterov and self.momentum == 0:
             raise ConfigError("Nesterov's rule needs a momentum above 0")
 
+    def __reduce__(self) -> tuple[type[SGD], tuple[float, bool]]:
+        """Copies and pickles have a scratch of their own, which can be written to."""
+        return SGD, (self.momentum, self.nesterov)
+
     @property
     def n_states(self) -> int:
         """1 (the momentum buffer), or 0 without momentum."""
@@ -208,6 +212,10 @@ class Adam:
                 raise ConfigError(f"Adam's {name} is {beta}, expected at least 0 and below 1")
         if not 0 < self.epsilon < math.inf:
             raise ConfigError(f"Adam's epsilon is {self.epsilon}, expected a number above 0")
+
+    def __reduce__(self) -> tuple[type[Adam], tuple[float, float, float, bool]]:
+        """Copies and pickles have a scratch of their own, which can be written to."""
+        return Adam, (self.beta1, self.beta2, self.epsilon, self.decoupled)
 
     @property
     def n_states(self) -> int:

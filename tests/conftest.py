@@ -329,6 +329,33 @@ def connect_raw() -> Callable[[Address], Any]:
     return RawWorker.connect
 
 
+# -- clusters ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[Any]:
+    """A Ray cluster on this machine: three nodes, each with room for a small run, and a head.
+
+    A node may be lost in a test; drivers are processes of their own.
+    """
+    pytest.importorskip("ray", reason="Ray is not installed")
+    from ray.cluster_utils import Cluster
+
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    small = {"object_store_memory": 80 * 2**20}
+    watch = {"health_check_period_ms": 500, "health_check_failure_threshold": 3}
+    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": watch, **small}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        for _ in range(3):
+            cluster.add_node(num_cpus=3, **small)
+        yield cluster
+    finally:
+        cluster.shutdown()
+        patch.undo()
+
+
 # -- a toy model ---------------------------------------------------------------------------------
 
 

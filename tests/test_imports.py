@@ -42,7 +42,7 @@ ARROWS = {
         *("transport", "wire", "schedule", "nn", "models", "data"),
         *("errors", "ranges", "recording", "failpoints"),
     },
-    "adapters": {"worker", "transport", "wire", "schedule", "errors", "ranges"},
+    "adapters": {"server", "worker", "transport", "wire", "schedule", "errors", "ranges"},
     "observe": {"schedule", "errors", "ranges", "recording"},
 }
 INNER = {*ARROWS, "testing"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import tracemalloc
 from itertools import pairwise
 
@@ -168,6 +169,20 @@ def test_an_update_allocates_far_less_than_the_vector(text):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 4 * n / 100
+
+
+@pytest.mark.parametrize("text", RULES)
+def test_a_rule_that_was_pickled_by_reference_to_read_only_memory_still_updates(text):
+    rule = parse_rule(text)
+    buffers: list[pickle.PickleBuffer] = []
+    pickled = pickle.dumps(rule, protocol=5, buffer_callback=buffers.append)
+    frozen = [memoryview(bytes(buffer)) for buffer in buffers]  # as frameworks keep them
+    other = pickle.loads(pickled, buffers=frozen)
+    parameters, gradients = draw(6, 1000, 3)
+    ends = [run_rule(each, parameters, gradients, [0.1] * 3, 0.01) for each in (rule, other)]
+
+    assert other == rule
+    assert ends[0].tobytes() == ends[1].tobytes()
 
 
 @pytest.mark.parametrize("text", RULES)

@@ -64,14 +64,12 @@ def open_checkpoints(args: argparse.Namespace) -> Checkpoints | None:
     return Checkpoints(args.checkpoint_dir)
 
 
-def server_options(args: argparse.Namespace, checkpoints: Checkpoints | None) -> dict[str, Any]:
-    """Return what a :class:`~dynacomm_async.ParameterServer` is to be told."""
+def server_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what a :class:`~dynacomm_async.ParameterServer` is to be told of them."""
     return {
         "heartbeat_s": args.heartbeat,
         "absence_s": args.absence,
-        "checkpoints": checkpoints,
         "checkpoint_every": args.checkpoint_every,
-        "resume": args.resume,
     }
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from dynacomm_async.addresses import parse_address
-from dynacomm_async.cli import serve, work
+from dynacomm_async.cli import on_ray, serve, work
 from dynacomm_async.cli.place import ENVIRONMENT, own_place
 from dynacomm_async.cli.workload import number
 from dynacomm_async.cluster import Place
@@ -15,7 +15,10 @@ from dynacomm_async.worker import DEFAULT_PORT
 
 __all__ = ["add_arguments", "command"]
 
-EXAMPLE = "srun --ntasks 5 dynacomm launch --insecure --model resnet20 --data synthetic --epochs 10"
+EXAMPLE = (
+    "srun --ntasks 5 dynacomm launch --insecure --model resnet20 --data synthetic --epochs 10, or "
+    "dynacomm launch --on ray --workers 4 --checkpoint-dir /shared/run-1 --insecure"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Rank 0 of a job serves, all other ranks work, each with the same command line; which rank "
         f"a process has it learns from {ENVIRONMENT}, and where rank 0 is from MASTER_ADDR and "
         "MASTER_PORT or the launcher's own variables. Options are those of `dynacomm serve`; "
-        "workers take a port in --listen for theirs, and add -RANK to the name in --trace."
+        "workers take a port in --listen for theirs, and add -RANK to the name in --trace. With "
+        "--on ray one command starts all of them as actors on a Ray cluster."
+    )
+    parser.add_argument(
+        "--on",
+        choices=("environment", "ray"),
+        default="environment",
+        help="who says what runs where: the variables of this process's environment, or Ray "
+        "(default: %(default)s)",
     )
     serve.add_arguments(parser)
     parser.add_argument(
@@ -40,10 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how long workers look for it, since nodes start at different times "
         "(default: %(default)s)",
     )
+    on_ray.add_arguments(parser)
 
 
 def command(args: argparse.Namespace) -> int:
     """Serve or work, until the run has ended."""
+    if args.on == "ray":
+        return on_ray.command(args)
     place = own_place()
     if place is None:
         raise ConfigError(

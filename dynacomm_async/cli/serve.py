@@ -7,6 +7,7 @@ import asyncio
 import socket
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from dynacomm_async.addresses import Address, parse_address
 from dynacomm_async.cli.keeping import add_fault_arguments, open_checkpoints, server_options
@@ -38,7 +39,14 @@ from dynacomm_async.recording import Recorder
 from dynacomm_async.server import Checkpoints, ParameterServer, RunResult, StepRecord
 from dynacomm_async.worker import DEFAULT_PORT, layer_specs
 
-__all__ = ["add_arguments", "add_init_argument", "add_output_arguments", "command"]
+__all__ = [
+    "add_arguments",
+    "add_init_argument",
+    "add_output_arguments",
+    "command",
+    "conclude",
+    "make_server",
+]
 
 EXAMPLE = "dynacomm serve --workers 2 --epochs 20 --listen 127.0.0.1:7070"
 
@@ -101,13 +109,29 @@ def command(args: argparse.Namespace) -> int:
     if isinstance(result, int):
         _print_drained(args, result)
         return 0
-    accuracy = workload.accuracy(result.parameters, result.statistics)
-    if args.save is not None:
-        save_run(
-            args.save, workload.network, result.parameters, result.statistics, model=args.model
-        )
-    _print_result(args, result, accuracy)
+    conclude(args, workload, result)
     return 0
+
+
+def make_server(
+    args: argparse.Namespace,
+    settings: dict[str, object],
+    workload: Workload,
+    steps: int,
+    **options: Any,
+) -> ParameterServer:
+    """Return the server that the options of a run ask for; ``options`` say where and for whom."""
+    initial, initial_statistics = workload.initial(args.init)
+    return ParameterServer(
+        layer_specs(workload.network),
+        steps=steps,
+        training=training_of(training_options(args), steps),
+        initial=initial,
+        initial_statistics=initial_statistics,
+        settings=settings,
+        **server_options(args),
+        **options,
+    )
 
 
 async def _serve(
@@ -119,7 +143,6 @@ async def _serve(
     checkpoints: Checkpoints | None,
 ) -> RunResult | int:
     """Return the result, or the step at which a signal has stopped the run."""
-    initial, initial_statistics = workload.initial(args.init)
     progress = Progress("step", steps, log=not args.events)
     before: StepRecord | None = None
 
@@ -133,20 +156,19 @@ async def _serve(
             record.index + 1, loss=record.loss, images=record.images, notes=step_notes(step_s)
         )
 
-    async with ParameterServer(
-        layer_specs(workload.network),
+    async with make_server(
+        args,
+        settings,
+        workload,
+        steps,
         workers=args.workers,
-        steps=steps,
-        training=training_of(training_options(args), steps),
-        initial=initial,
-        initial_statistics=initial_statistics,
-        settings=settings,
         run=args.run,
         listen=parse_address(args.listen, port=DEFAULT_PORT),
         insecure=args.insecure,
+        checkpoints=checkpoints,
+        resume=args.resume,
         on_step=on_step,
         recorder=recorder,
-        **server_options(args, checkpoints),
     ) as server:
         if args.events:
             emit("listening", address=str(server.address))
@@ -182,7 +204,13 @@ def _reachable(address: Address) -> Address:
     return Address(socket.gethostname(), address.port) if everywhere else address
 
 
-def _print_result(args: argparse.Namespace, result: RunResult, accuracy: float) -> None:
+def conclude(args: argparse.Namespace, workload: Workload, result: RunResult) -> None:
+    """Save what has been trained, if that is asked for, and print how good it is."""
+    accuracy = workload.accuracy(result.parameters, result.statistics)
+    if args.save is not None:
+        save_run(
+            args.save, workload.network, result.parameters, result.statistics, model=args.model
+        )
     loss = result.losses[-1] if result.losses else None  # none after resuming a run that was over
     summary = {
         "steps": result.steps,

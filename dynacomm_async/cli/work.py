@@ -20,7 +20,7 @@ from dynacomm_async.recording import Recorder
 from dynacomm_async.wire.grid import LayerSpec
 from dynacomm_async.worker import Session, bind_engine, layer_specs, train
 
-__all__ = ["add_arguments", "command"]
+__all__ = ["add_arguments", "command", "join"]
 
 EXAMPLE = "dynacomm work --server 192.168.1.10:7070"
 
@@ -63,11 +63,16 @@ def command(args: argparse.Namespace) -> int:
     if args.server is None:
         fill_work(args, own_place())
     with interruptible(), recorded(args.trace) as recorder:
-        _work(args, recorder)
+        join(args, recorder)
     return 0
 
 
-def _work(args: argparse.Namespace, recorder: Recorder | None) -> None:
+def join(args: argparse.Namespace, recorder: Recorder | None = None) -> None:
+    """Join the run and work until it has ended.
+
+    Raises:
+        DynaCommError: it ended otherwise.
+    """
     loaded: list[Workload] = []
 
     def layers(settings: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
