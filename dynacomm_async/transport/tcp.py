@@ -95,7 +95,7 @@ class TcpChannel(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._lock = asyncio.Lock()
         self._loop = asyncio.get_running_loop()
-        self._paused = False  # the loop holds us back
+        self._paused = True  # the loop holds us back; at first, because there is no transport yet
         self._waiters: list[asyncio.Future[None]] = []  # sends that wait until it does no more
         self._over: asyncio.Future[None] = self._loop.create_future()
         self._error: DynaCommError | None = None
@@ -125,6 +125,9 @@ class TcpChannel(asyncio.BufferedProtocol):
         self._socket = sock
         self._limit_notsent(LEAST_NOTSENT_NBYTES)
         self.limit_silence(SILENCE_S)
+        self.resume_writing()
+        if self._closing:  # so soon
+            self._transport.abort()
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Lend out the memory that the next bytes belong into."""
@@ -371,7 +374,16 @@ class TcpListener:
 
     async def close(self) -> None:
         """Accept no more; connections that exist go on."""
-        self._server.close()
+        try:
+            if isinstance(self._server, asyncio.Server):
+                # What the stock loop has accepted it serves a turn later. Closed before that, it
+                # would forget the connection, open, and the peer would wait for an answer.
+                loop = asyncio.get_running_loop()
+                for sock in self._server.sockets:
+                    loop.remove_reader(sock.fileno())
+                await asyncio.sleep(0)
+        finally:
+            self._server.close()
 
 
 async def listen(

@@ -320,6 +320,34 @@ async def test_a_closed_listener_takes_nobody_in_and_leaves_the_others_alone(
     at_server.channel.abort()
 
 
+@pytest.mark.parametrize("turns", range(5))
+async def test_who_was_accepted_while_the_listener_closes_is_served_or_sent_away(
+    new_recorder: type, turns: int
+) -> None:
+    """The stock loop would forget such connections: open, and answered by nobody."""
+    served: list[TcpChannel] = []
+
+    def accept(channel: TcpChannel) -> Any:
+        served.append(channel)
+        return new_recorder(channel)
+
+    listener = await listen(accept, Address("127.0.0.1", 0))
+    peers = [socket.create_connection(listener.addresses[0]) for _ in range(3)]
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    await listener.close()
+    for channel in served:
+        channel.abort()
+    for peer in peers:
+        with closing(peer):
+            peer.settimeout(5)
+            try:
+                ending = await asyncio.to_thread(peer.recv, 1)
+            except ConnectionError:
+                ending = b""
+            assert ending == b""
+
+
 # -- peers that misbehave ------------------------------------------------------------------------
 
 
