@@ -23,13 +23,17 @@ __all__ = ["FAILPOINTS", "arm", "arm_from", "disarm", "failpoint"]
 
 FAILPOINTS = (
     "server.greeted",  # a rank was given, or given back, and nobody knows yet
-    "server.before-push",  # gradients have landed, and count for nothing yet
+    "server.receiving",  # the head of a push is there, and its gradients are about to land
+    "server.before-push",  # they have landed, and count for nothing yet
     "server.after-push",  # they count, and nothing has been applied because of them
     "server.before-apply",  # complete cells are about to change
     "server.after-apply",  # they have changed, and nothing of it has been sent
     "server.step-ended",  # all cells are at the next version
     "server.before-save",  # a checkpoint is due
     "server.snapshot",  # it was copied, and is about to be written
+    "server.writing",  # some of its files are on the disk, and others are not
+    "server.before-rename",  # it is there as a whole, under a name that says that it may not be
+    "server.after-rename",  # it has its own name, which the disk may not know yet
     "server.after-have",  # a member is back and is about to be told what has arrived
     "worker.before-push",  # a gradient message is about to be sent
     "worker.after-push",  # it has nearly left

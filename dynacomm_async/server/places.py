@@ -31,6 +31,11 @@ class Place:
     peer: str = "not seen since the server's restart"
     _away: asyncio.TimerHandle | None = field(default=None, repr=False)
 
+    @property
+    def seen(self) -> bool:
+        """Whether its member has been here since the server began."""
+        return self.connection >= 0
+
     def wait(self, limit_s: float, give_up: Callable[[], None]) -> None:
         """The member is away: call ``give_up`` unless it is back within the limit."""
         self.member = None
@@ -100,6 +105,9 @@ class Places:
     def come_back(self, claimed: Membership, member: Member) -> Place | None:
         """Give a member its place back; None where nobody has it, and never had in this run.
 
+        Where a checkpoint is older than the membership, the server that gave it out has died since:
+        the place is that of the first who comes back to it, and whom it replaced is too late.
+
         Returns:
             the place; ``member`` of it is still the former connection, if there is one.
 
@@ -109,6 +117,8 @@ class Places:
         place = self._taken.get(claimed.slot)
         if place is None and 0 <= claimed.slot < self._n_slots:
             return None
+        if place is not None and not place.seen and place.term < claimed.term <= self.term:
+            place.term = claimed.term
         if place is None or place.term != claimed.term:
             raise Refusal(
                 "term-outdated",

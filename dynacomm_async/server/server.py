@@ -407,6 +407,7 @@ class ParameterServer:
             if not self._training_began:
                 raise RemoteProtocolError("gradients while no training is under way")
             rounds.check(slot, message.step, message.ranges)
+            failpoint("server.receiving")
             return _views(store.contributions[slot], store.grid, message.ranges)
         if not self._uploads(member) or message.ranges != (Range(0, store.grid.n_cells),):
             raise RemoteProtocolError("initial parameters that this server did not ask for")

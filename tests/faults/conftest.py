@@ -1,16 +1,24 @@
-"""Workers in memory whose connections break wherever a test wants them to."""
+"""Workers in memory whose connections break wherever a test wants them to; processes to kill.
+
+``hits`` counts the failpoints that have fired, and the end of the report lists them. With
+``DYNACOMM_FAILPOINTS_LOG`` set the count goes on from one test run to the next.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import importlib.util
+import os
 import random
 from collections.abc import Iterator
-from types import SimpleNamespace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 
 from dynacomm_async.errors import ChannelBroken
+from dynacomm_async.failpoints import FAILPOINTS
 from dynacomm_async.schedule import Plan
 from dynacomm_async.schedule.dispatch import Policy
 from dynacomm_async.schedule.estimator import Estimator
@@ -132,6 +140,46 @@ async def work_in_memory(toy, breaking, numbers):
     return np.copy(arenas.incoming)
 
 
+def _load(name: str) -> ModuleType:
+    """Import a file of this folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+killing = _load("killing")
+
+
 @pytest.fixture
 def faults():
-    return SimpleNamespace(Breaking=Breaking, work_in_memory=work_in_memory)
+    return SimpleNamespace(
+        Breaking=Breaking,
+        work_in_memory=work_in_memory,
+        ServerLives=killing.ServerLives,
+        WorkerLife=killing.WorkerLife,
+        TRAINING=killing.TRAINING,
+    )
+
+
+_HITS = pytest.StashKey[object]()
+
+
+@pytest.fixture(scope="session")
+def hits(request, tmp_path_factory):
+    """What the failpoints of all tests have counted."""
+    path = os.environ.get("DYNACOMM_FAILPOINTS_LOG")
+    where = Path(path) if path else tmp_path_factory.mktemp("failpoints") / "hits"
+    request.config.stash[_HITS] = found = killing.Hits(where)
+    return found
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    found = config.stash.get(_HITS, None)
+    if found is not None:
+        counts = found.counts
+        terminalreporter.section("failpoints that have fired")
+        for name in FAILPOINTS:
+            terminalreporter.write_line(f"{counts[name]:5}  {name}")

@@ -1,22 +1,28 @@
-"""kill -9 a worker in the middle of everything: a new one takes its place, and no bit changes."""
+"""kill -9 a worker, and now and then the server: a new worker takes over, and no bit changes.
+
+Two workers live on in threads; the third is a process that dies at one failpoint after the other,
+and another process takes its place. The server is a process too, so that workers lose it, come
+back to it, and step back with it. The judge is a replay in plain NumPy.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import signal
-import sys
 from collections import Counter
-from contextlib import suppress
-from pathlib import Path
 
 import pytest
 
-from dynacomm_async.optim import SGD, Constant
+from dynacomm_async.failpoints import FAILPOINTS
 from dynacomm_async.schedule import Plan
-from dynacomm_async.server import ParameterServer, Training
 from dynacomm_async.worker import FixedPlan
+
+WORKER = [name for name in FAILPOINTS if name.startswith("worker.")]
+NEEDS_A_LOSS = {"worker.lost", "worker.before-resume", "worker.rolled-back"}
+N_WORKERS = 3
+FULL = 3
+"""Exit code of a worker whose predecessor's place is not free yet."""
 
 
 def one_message(grid, estimator):
@@ -24,76 +30,68 @@ def one_message(grid, estimator):
     return FixedPlan(Plan.from_cuts("one", len(grid.layers), [], []))
 
 
-TRAINING = Training(SGD(0.9), Constant(0.02), weight_decay=0.01)
-LIVING = ["worker.before-push", "worker.after-push", "worker.parameters"]
+async def die(lives, faults, hits, where, count):
+    """Be the third worker until it is dead."""
+    code = FULL
+    while code == FULL:
+        async with faults.WorkerLife(lives.port, hits, where, count) as life:
+            if await life.said() and where in NEEDS_A_LOSS:
+                lives.kill()
+            code = await life.ended()
+    assert code == -signal.SIGKILL, f"a worker that was to die at {where} ended with {code}"
 
 
-async def one_life(port, where, count):
-    """Start a worker that dies there; return its exit code."""
-    environment = dict(os.environ)
-    if where is not None:
-        environment["DYNACOMM_FAILPOINTS"] = f"{where}=kill@{count}"
-    script = str(Path(__file__).parent / "working.py")
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, script, str(port), env=environment
-    )
-    try:
-        return await process.wait()
-    finally:
-        with suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
-
-
-async def train_through(toy, deaths, *, steps):
-    """One worker lives on in a thread, the other dies those deaths."""
+async def train_through(toy, lives, faults, hits, deaths):
+    """Let the third worker die those deaths; return how often it did where."""
     killed: Counter[str] = Counter()
-
-    async with ParameterServer(
-        toy.layers,
-        workers=2,
-        steps=steps,
-        training=TRAINING,
-        initial=toy.initial,
-        initial_statistics=toy.initial_statistics,
-    ) as server:
-        port = server.address.port
-        survivor = asyncio.create_task(
-            asyncio.to_thread(toy.work, server.address, plans=one_message)
-        )
-        code, deaths = -signal.SIGKILL, iter(deaths)
-        while code:
-            where, count = next(deaths, (None, 0))
-            code = await one_life(port, where, count)
-            if code == -signal.SIGKILL:
-                killed[str(where)] += 1
-        await survivor
-        result = await server.finished()
-    parameters, statistics = toy.replay(2, steps, TRAINING)
-    assert result.parameters.tobytes() == parameters.tobytes()
-    assert result.statistics.tobytes() == statistics.tobytes()
+    async with asyncio.TaskGroup() as tasks:
+        serving = tasks.create_task(lives.live_to_the_end())
+        work = tasks.create_task(lives.work(toy, N_WORKERS - 1, plans=one_message, retry_s=20.0))
+        await lives.listening.wait()
+        for where, count in deaths:
+            await die(lives, faults, hits, where, count)
+            killed[where] += 1
+        code = FULL
+        while code == FULL:
+            async with faults.WorkerLife(lives.port, hits) as life:
+                code = await life.ended()
+        assert code == 0
+        replicas = await work
+        await serving
+    lives.check(toy, replicas)
+    print(f"workers killed: {dict(killed)}, server killed: {lives.killed.total()} times")
     return killed
 
 
 def deaths_of(seed, n):
     numbers = random.Random(seed)
-    return [(LIVING[index % len(LIVING)], numbers.randint(1, 12)) for index in range(n)]
+    for index in range(n):
+        where = WORKER[index % len(WORKER)]
+        yield where, 1 if where in NEEDS_A_LOSS else numbers.randint(1, 12)
 
 
 @pytest.mark.slow
-def test_a_worker_killed_in_the_middle_of_a_push_is_replaced_without_a_trace(toy):
+def test_a_worker_killed_at_every_failpoint_is_replaced_without_a_trace(
+    toy, tmp_path, faults, hits
+):
     seed = random.randrange(10**6)
     print(f"seed {seed}")
-    killed = asyncio.run(train_through(toy, deaths_of(seed, 6), steps=120))
-    print(dict(killed))
-    assert set(killed) == set(LIVING)
+    lives = faults.ServerLives(toy, tmp_path, hits, workers=N_WORKERS, steps=300, every=3)
+    deaths = deaths_of(seed, len(WORKER))
+    killed = asyncio.run(train_through(toy, lives, faults, hits, deaths))
+    assert set(killed) == set(WORKER)
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(1800)
-def test_a_hundred_workers_killed_are_replaced_without_a_trace(toy):
+@pytest.mark.timeout(3600)
+def test_a_hundred_workers_killed_are_replaced_without_a_trace(toy, tmp_path, faults, hits):
     seed = random.randrange(10**6)
     print(f"seed {seed}")
-    killed = asyncio.run(train_through(toy, deaths_of(seed, 102), steps=1400))
-    print(dict(killed))
-    assert sum(killed.values()) >= 100
+    before = hits.counts
+    lives = faults.ServerLives(toy, tmp_path, hits, workers=N_WORKERS, steps=4000, every=3)
+    deaths = deaths_of(seed, 17 * len(WORKER))
+    killed = asyncio.run(train_through(toy, lives, faults, hits, deaths))
+    fired = hits.counts - before
+    assert killed == {name: fired[name] for name in WORKER}
+    assert killed.total() >= 100
+    assert min(killed[name] for name in WORKER) >= 5

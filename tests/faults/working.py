@@ -1,4 +1,7 @@
-"""A worker of the toy model as a process of its own, to be killed."""
+"""A worker of the toy model as a process of its own, to be killed: ``python working.py PORT``.
+
+It prints the index of each step that it begins.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,11 @@ def work(port: int) -> int:
     helpers = sys.modules["helpers"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(helpers)
     try:
-        helpers.Toy().work(Address("127.0.0.1", port), plans=one_message)
+        helpers.Toy().work(
+            Address("127.0.0.1", port),
+            at_step=lambda session, index: print(index, flush=True),
+            plans=one_message,
+        )
     except PeerError as error:
         return 3 if error.code == "run-full" else 4  # the place is not free yet
     return 0

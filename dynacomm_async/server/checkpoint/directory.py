@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from dynacomm_async.errors import CheckpointError, ConfigError, DynaCommError
+from dynacomm_async.failpoints import failpoint
 from dynacomm_async.server.checkpoint import files
 from dynacomm_async.server.checkpoint.files import FileRecord
 from dynacomm_async.server.checkpoint.state import (
@@ -145,10 +146,12 @@ class Checkpoints:
         files.make_directory(temporary)
         try:
             _write(temporary, about, vectors)
+            failpoint("server.before-rename")
             files.move(temporary, path)
         except CheckpointError:
             self._remove(temporary)  # on a full disk it would be in the way of everybody
             raise
+        failpoint("server.after-rename")
         files.sync_directory(self.directory)
         self._rotate()
         return path
@@ -315,6 +318,7 @@ def _write(path: Path, about: Mapping[str, Any], vectors: Sequence[Vector]) -> N
         name = f"{vector.stem}.safetensors"
         record = files.write_file(path / name, parts)
         records[name] = {"nbytes": record.nbytes, "sha256": record.sha256}
+        failpoint("server.writing")
     text = json.dumps({**about, "files": records}, indent=1).encode()
     files.write_file(path / _JSON, [text])
     files.write_file(path / _SUM, [_sum_line(text)])
