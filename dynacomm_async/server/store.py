@@ -26,9 +26,9 @@ __all__ = ["LayerOptions", "Store", "Training", "is_sound", "parameters_sha256"]
 
 Floats = NDArray[np.float32]
 
-_BLOCK_FLOATS = 32 * 1024
-"""Floats that are joined and updated together. Whatever a rule needs for that (six arrays of
-128 KiB for Adam) stays in a core's L2 from one pass over it to the next."""
+_BLOCK_FLOATS = 128 * 1024
+"""Floats (512 KiB) that are joined and updated together, as many as the rules handle at a time:
+what the last pass over them wrote is in the cache for the next."""
 
 _CHECK_FLOATS = 1 << 18
 """Floats (1 MiB) that :func:`is_sound` looks at together. Smaller pieces cost more for their calls
