@@ -6,7 +6,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
-from dynacomm_async.adapters.torch_model import ModelTable, follow, try_out  # noqa: E402
+from dynacomm_async.adapters.torch_model import ModelTable  # noqa: E402
+from dynacomm_async.adapters.torch_watch import follow, try_out  # noqa: E402
 
 nn = torch.nn
 
