@@ -110,8 +110,7 @@ class TorchStep:
             LocalProtocolError: a gradient has been handed over, and with it the right to read.
         """
         self._check_use(range(len(self._missing)))
-        self._await_rest()
-        self._unread = [False] * len(self._unread)
+        self._await_all()
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -143,7 +142,7 @@ class TorchStep:
             return
         self._check_use(layers)
         if or_more:
-            self.wait()
+            self._await_all()
             return
         for layer in layers:
             self._unread[layer] = False
@@ -187,6 +186,11 @@ class TorchStep:
             if not self._accumulating:
                 self._await_rest()
                 self._step.begin_wait()  # ends the last layer's time
+
+    def _await_all(self) -> None:
+        """Wait for all layers, whoever reads them from now on."""
+        self._await_rest()
+        self._unread = [False] * len(self._unread)
 
     def _await_rest(self) -> None:
         """Wait for layers that were not used: no gradient may go before all parameters are here."""

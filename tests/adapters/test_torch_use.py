@@ -488,9 +488,7 @@ def test_between_joining_and_the_first_step_the_module_cannot_be_used(small, sta
     server = start_server(None, workers=1, steps=1)
     with TorchSession(server.address, small.make(), small.sample) as session:
         for use in (lambda: session.model(vectors(0, 0)), session.model.state_dict):
-            with pytest.raises(
-                LocalProtocolError, match="used outside the loop over session.steps"
-            ):
+            with pytest.raises(LocalProtocolError, match="used outside the loop over"):
                 use()
 
 
