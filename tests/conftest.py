@@ -15,6 +15,9 @@ import functools
 import gc
 import inspect
 import logging
+import os
+import shutil
+import subprocess
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -327,6 +330,28 @@ def listen_raw() -> Callable[[], Any]:
 @pytest.fixture
 def connect_raw() -> Callable[[Address], Any]:
     return RawWorker.connect
+
+
+# -- disks ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[..., Any]]]:
+    """A file system of 1 MiB, and a function that mounts it anew with other options."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(*options: str) -> subprocess.CompletedProcess[str]:
+        command = ["mount", "-t", "tmpfs", "-o", ",".join(["size=1m", *options]), "t", str(place)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting a small disk needs root")
+    done = mount()
+    if done.returncode:
+        pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
+    yield place, mount
+    subprocess.run(["umount", str(place)], check=True)
 
 
 # -- clusters ------------------------------------------------------------------------------------

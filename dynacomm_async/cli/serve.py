@@ -34,6 +34,7 @@ from dynacomm_async.cli.workload import (
     training_of,
     training_options,
 )
+from dynacomm_async.errors import CheckpointError
 from dynacomm_async.models import save_run
 from dynacomm_async.recording import Recorder
 from dynacomm_async.server import Checkpoints, ParameterServer, RunResult, StepRecord
@@ -105,11 +106,13 @@ def command(args: argparse.Namespace) -> int:
         workload = load_workload(settings)
         steps = steps_of(args, workload)
         with open_checkpoints(args) or nullcontext() as checkpoints:
-            result = run(_serve(args, settings, workload, steps, recorder, checkpoints))
+            result, unsaved = run(_serve(args, settings, workload, steps, recorder, checkpoints))
     if isinstance(result, int):
         _print_drained(args, result)
-        return 0
-    conclude(args, workload, result)
+    else:
+        conclude(args, workload, result)
+    if unsaved is not None:
+        raise unsaved
     return 0
 
 
@@ -141,10 +144,15 @@ async def _serve(
     steps: int,
     recorder: Recorder | None,
     checkpoints: Checkpoints | None,
-) -> RunResult | int:
-    """Return the result, or the step at which a signal has stopped the run."""
+) -> tuple[RunResult | int, CheckpointError | None]:
+    """Return the result, or the step at which a signal has stopped the run.
+
+    A run that has come to its end has a result, even if the disk did not take the last checkpoint:
+    why it did not comes second.
+    """
     progress = Progress("step", steps, log=not args.events)
     before: StepRecord | None = None
+    result: RunResult | int | None = None
 
     def on_step(record: StepRecord) -> None:
         nonlocal before
@@ -156,39 +164,49 @@ async def _serve(
             record.index + 1, loss=record.loss, images=record.images, notes=step_notes(step_s)
         )
 
-    async with make_server(
-        args,
-        settings,
-        workload,
-        steps,
-        workers=args.workers,
-        run=args.run,
-        listen=parse_address(args.listen, port=DEFAULT_PORT),
-        insecure=args.insecure,
-        checkpoints=checkpoints,
-        resume=args.resume,
-        on_step=on_step,
-        recorder=recorder,
-    ) as server:
-        if args.events:
-            emit("listening", address=str(server.address))
-        else:
-            memory = (server.memory_nbytes or 0) / 2**20
-            reachable = _reachable(server.address)
-            say(
-                f"run {server.run}: listening on {server.address}, holding {memory:.1f} MiB; "
-                f"waiting for {args.workers} x `dynacomm work --server {reachable}`"
-            )
-        try:
-            return await server.finished()
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if checkpoints is None or task is None:
-                raise
-            task.uncancel()  # from here on a second signal aborts
-            return await server.drain()
-        finally:
-            progress.close()
+    try:
+        async with make_server(
+            args,
+            settings,
+            workload,
+            steps,
+            workers=args.workers,
+            run=args.run,
+            listen=parse_address(args.listen, port=DEFAULT_PORT),
+            insecure=args.insecure,
+            checkpoints=checkpoints,
+            resume=args.resume,
+            on_step=on_step,
+            recorder=recorder,
+        ) as server:
+            _announce(args, server)
+            try:
+                result = await server.finished()
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if checkpoints is None or task is None:
+                    raise
+                task.uncancel()  # from here on a second signal aborts
+                result = await server.drain()
+            finally:
+                progress.close()
+    except CheckpointError as error:
+        if result is None:
+            raise
+        return result, error
+    return result, None
+
+
+def _announce(args: argparse.Namespace, server: ParameterServer) -> None:
+    if args.events:
+        emit("listening", address=str(server.address))
+        return
+    memory = (server.memory_nbytes or 0) / 2**20
+    reachable = _reachable(server.address)
+    say(
+        f"run {server.run}: listening on {server.address}, holding {memory:.1f} MiB; "
+        f"waiting for {args.workers} x `dynacomm work --server {reachable}`"
+    )
 
 
 def _print_drained(args: argparse.Namespace, step: int) -> None:

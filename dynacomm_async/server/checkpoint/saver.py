@@ -23,7 +23,8 @@ class Saver:
     """Saves one state at a time; of those that arrive meanwhile only the newest one.
 
     A failure is logged as an error and counted, and training may go on: the next state is tried
-    like any other. Memory: the state being saved and at most one that waits.
+    like any other, and the log says so when one is saved again. Memory: the state being saved and
+    at most one that waits.
 
     Args:
         checkpoints: where to; only the saver's thread uses it until :meth:`close`.
@@ -111,6 +112,12 @@ class Saver:
                 self.last_error,
             )
         else:
+            if self.failures_in_a_row:
+                _log.warning(
+                    "the checkpoint of step %d was saved: the disk works again after %d failures",
+                    state.step,
+                    self.failures_in_a_row,
+                )
             self.failures_in_a_row = 0
             self.last_error = None
             self.saved_step = state.step

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -151,25 +150,6 @@ def test_a_file_where_the_directory_should_be_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"cannot open .*file/\.lock: Not a directory"):
         Checkpoints(tmp_path / "file")
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MiB, and a function that mounts it anew with other options."""
-    place = tmp_path / "disk"
-    place.mkdir()
-
-    def mount(*options):
-        command = ["mount", "-t", "tmpfs", "-o", ",".join(["size=1m", *options]), "t", str(place)]
-        return subprocess.run(command, capture_output=True, text=True)
-
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("mounting a small disk needs root")
-    done = mount()
-    if done.returncode:
-        pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
-    yield place, mount
-    subprocess.run(["umount", str(place)], check=True)
 
 
 def test_a_disk_that_is_full_fails_the_save_and_harms_nothing(small_disk, draw_state, content):

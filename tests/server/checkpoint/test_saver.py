@@ -72,7 +72,11 @@ def test_a_failure_is_an_error_in_the_log_and_the_next_one_is_tried(draw_state, 
     assert seen == [(0, 0, None), (1, 1, None), (2, 2, None), (2, 0, 3), (3, 1, 3)]
     assert (saver.failures, saver.last_error, saver.saved_step) == (3, None, 5)
     assert saved == [(3, "/disk/3"), (5, "/disk/5")]
-    assert [record.levelname for record in caplog.records] == ["ERROR"] * 3
+    levels = [record.levelname for record in caplog.records]
+    assert levels == ["ERROR", "ERROR", "WARNING", "ERROR", "WARNING"]
+    assert caplog.messages[2] == (
+        "the checkpoint of step 3 was saved: the disk works again after 2 failures"
+    )
     assert caplog.messages[1] == (
         "the checkpoint of step 2 was not saved (failure 2 in a row): "
         "cannot write /disk/file: No space left on device"
