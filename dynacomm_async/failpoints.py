@@ -5,15 +5,17 @@
 
     DYNACOMM_FAILPOINTS="server.after-apply=kill@7" dynacomm serve ...
 
-kills the process with SIGKILL when it comes to that place for the seventh time. Several are
-separated by commas. Whoever arms them counts what they hit: with ``DYNACOMM_FAILPOINTS_LOG`` set,
-each one that fires leaves a line with its name in that file before it does.
+kills the process with SIGKILL when it comes to that place for the seventh time; ``hang`` in place
+of ``kill`` keeps the thread that comes there, as a disk that has stopped answering would. Several
+are separated by commas. Whoever arms them counts what they hit: with ``DYNACOMM_FAILPOINTS_LOG``
+set, each one that fires leaves a line with its name in that file before it does.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 
@@ -69,33 +71,45 @@ def arm_from(environment: Mapping[str, str]) -> None:
     """Arm what ``DYNACOMM_FAILPOINTS`` says; nothing if it is not set.
 
     Raises:
-        ConfigError: it says something else than ``NAME=kill@N``.
+        ConfigError: it says something else than ``NAME=kill@N`` or ``NAME=hang@N``.
     """
     text = environment.get("DYNACOMM_FAILPOINTS", "")
     if not text:
         return
-    due: dict[str, int] = {}
+    due: dict[str, tuple[str, int]] = {}
     for part in text.split(","):
         name, _, rest = part.partition("=")
         what, _, count = rest.partition("@")
-        if name not in FAILPOINTS or what != "kill" or not count.isdigit():
+        if name not in FAILPOINTS or what not in _FAILURES or not count.isdigit():
             raise ConfigError(
-                f"DYNACOMM_FAILPOINTS: {part!r}, expected NAME=kill@N with a NAME of "
-                f"{', '.join(FAILPOINTS)}"
+                f"DYNACOMM_FAILPOINTS: {part!r}, expected NAME=kill@N or NAME=hang@N with a NAME "
+                f"of {', '.join(FAILPOINTS)}"
             )
-        due[name] = int(count)
+        due[name] = (what, int(count))
     log = environment.get("DYNACOMM_FAILPOINTS_LOG")
     seen: Counter[str] = Counter()
 
-    def kill(name: str) -> None:
+    def fail(name: str) -> None:
         seen[name] += 1
-        if seen[name] == due.get(name):
+        what, count = due.get(name, ("", 0))
+        if seen[name] == count:
             if log is not None:
                 with open(log, "a", encoding="utf-8") as file:  # noqa: PTH123 -- one call before the end
                     file.write(f"{name}\n")
-            os.kill(os.getpid(), signal.SIGKILL)
+            _FAILURES[what]()
 
-    arm(kill)
+    arm(fail)
+
+
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _hang() -> None:
+    threading.Event().wait()
+
+
+_FAILURES = {"kill": _kill, "hang": _hang}
 
 
 arm_from(os.environ)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,3 +50,23 @@ def test_an_environment_that_means_nothing_is_refused(text: str) -> None:
 def test_without_a_word_in_the_environment_nothing_is_armed() -> None:
     arm_from({})
     assert failpoints._action is None
+
+
+def test_one_that_hangs_keeps_the_thread_that_comes_there_and_no_other(tmp_path: Path) -> None:
+    log = tmp_path / "hits"
+    arm_from({"DYNACOMM_FAILPOINTS": "worker.lost=hang@2", "DYNACOMM_FAILPOINTS_LOG": str(log)})
+    came_back: list[str] = []
+
+    def come() -> None:
+        for _ in range(2):
+            failpoint("worker.lost")
+            came_back.append("once")
+
+    thread = threading.Thread(target=come, daemon=True)
+    thread.start()
+    while not log.exists() or not log.read_text():
+        thread.join(0.01)
+    failpoint("worker.lost")  # the third time
+    thread.join(0.05)
+    assert thread.is_alive()
+    assert came_back == ["once"]

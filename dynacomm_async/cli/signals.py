@@ -2,8 +2,9 @@
 
 While a command is prepared (imports, data) it owns nothing that needs an orderly end, so it ends
 at once. An exception would not do: raised in the callback of a weak reference, of which imports
-have many, it is printed and lost. While a command runs, both signals raise KeyboardInterrupt,
-which asyncio turns into the cancellation of the main task, so that everything is closed in order.
+have many, it is printed and lost. While a command runs, both signals raise KeyboardInterrupt.
+Where it runs on an event loop, each signal cancels the main task instead, the second like the
+first: raised in whatever the loop is at, an exception would end some other task.
 """
 
 from __future__ import annotations
@@ -51,11 +52,44 @@ def interruptible() -> Iterator[None]:
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
-    """Run a command's coroutine on the library's event loop, to be cancelled by a signal."""
+    """Run a command's coroutine on the library's event loop, to be cancelled by each signal.
+
+    Raises:
+        KeyboardInterrupt: a signal has ended it.
+    """
+    from asyncio import CancelledError
+
     from dynacomm_async.transport import run as run_on_loop
 
-    with interruptible():
-        return run_on_loop(main)
+    if signal.getsignal(signal.SIGINT) is not _end:
+        return run_on_loop(main)  # called as a function, or told to ignore Ctrl-C
+    try:
+        return run_on_loop(_cancelled_by_signals(main))
+    except CancelledError:
+        if not _received:
+            raise
+        raise KeyboardInterrupt from None
+
+
+async def _cancelled_by_signals(main: Coroutine[Any, Any, T]) -> T:
+    import asyncio
+
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+
+    def cancel(number: int) -> None:
+        _received.append(number)
+        task.cancel()
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    for number in numbers:
+        loop.add_signal_handler(number, cancel, number)
+    try:
+        return await main
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+        end_at_once()
 
 
 def _end(number: int, frame: object) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -104,9 +106,27 @@ class Saving:
         saver, self._saver = self._saver, None
         if saver is None:
             return
-        if not await asyncio.to_thread(saver.close, limit_s):
+        if not await _close(saver, limit_s):
             error = saver.last_error or f"it takes longer than {limit_s:g} s"
             raise CheckpointError(f"the last checkpoint was not saved: {error}")
+
+
+async def _close(saver: Saver, limit_s: float) -> bool:
+    """Close a saver in a thread that keeps nobody waiting who does not want to wait any more."""
+    loop = asyncio.get_running_loop()
+    closed: asyncio.Future[bool] = loop.create_future()
+
+    def tell(well: bool) -> None:
+        if not closed.done():
+            closed.set_result(well)
+
+    def close() -> None:
+        well = saver.close(limit_s)
+        with contextlib.suppress(RuntimeError):  # the loop has been closed
+            loop.call_soon_threadsafe(tell, well)
+
+    threading.Thread(target=close, name="checkpoints-end", daemon=True).start()
+    return await closed
 
 
 def name_rule(rule: UpdateRule) -> str:

@@ -121,7 +121,7 @@ class ServerLives:
             return
         assert code == -signal.SIGKILL, f"the server ended with {code}"
         self.killed[where] += 1
-        self._died_at = self._died_at or time.monotonic()
+        self._died_at = time.monotonic()
 
     def kill(self) -> None:
         """Kill it from outside, if it lives."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import statistics
 
 import pytest
 
@@ -51,7 +52,9 @@ async def train_through(toy, lives, deaths):
                 await lives.live(*death)
         await lives.live_to_the_end()
     lives.check(toy, work.result())
-    print(f"killed {dict(lives.killed)}, first step after {max(lives.recovery_s):.1f} s at most")
+    middle, longest = statistics.median(lives.recovery_s), max(lives.recovery_s)
+    print(f"killed {dict(lives.killed)}")
+    print(f"from a death to the end of the next step: {middle:.1f} s, at most {longest:.1f} s")
 
 
 @pytest.mark.slow
