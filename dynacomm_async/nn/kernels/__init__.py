@@ -31,13 +31,30 @@ from dynacomm_async.nn.kernels.pooling import (
     unpool_maximum,
     window_taps,
 )
+from dynacomm_async.nn.kernels.winograd import (
+    PLACES,
+    REACH,
+    TILE,
+    TileBlock,
+    Transforms,
+    block_tiles,
+    plan_tiles,
+    suits_winograd,
+    tiles_in,
+)
 
 __all__ = [
+    "PLACES",
+    "REACH",
+    "TILE",
     "Block",
     "DepthwiseWindows",
     "GroupBlock",
     "Phase",
     "Tap",
+    "TileBlock",
+    "Transforms",
+    "block_tiles",
     "clipped_taps",
     "column_sums",
     "columns_needed",
@@ -49,9 +66,12 @@ __all__ = [
     "phase_border",
     "plan_blocks",
     "plan_group_blocks",
+    "plan_tiles",
     "pool_maximum",
     "rotate_weights",
     "softmax_cross_entropy",
+    "suits_winograd",
+    "tiles_in",
     "unpool_maximum",
     "window_taps",
 ]

@@ -9,7 +9,7 @@ import numpy as np
 
 from dynacomm_async.errors import ConfigError, ShapeError
 from dynacomm_async.nn.graph import Frame, Layer, Node, Operator, Shape
-from dynacomm_async.nn.kernels import Phase, input_phases, phase_border
+from dynacomm_async.nn.kernels import Phase, input_phases, phase_border, suits_winograd
 from dynacomm_async.nn.layers.checks import Pair, pair, require_image, window_output
 from dynacomm_async.nn.layers.convolution_passes import (
     ForwardPass,
@@ -19,6 +19,11 @@ from dynacomm_async.nn.layers.convolution_passes import (
 )
 from dynacomm_async.nn.layers.grouped import DepthwiseOperator, GroupedOperator
 from dynacomm_async.nn.layers.initialisers import draw_weights, require_initialiser
+from dynacomm_async.nn.layers.winograd_passes import (
+    WinogradForward,
+    WinogradInput,
+    WinogradWeights,
+)
 from dynacomm_async.nn.memory import Array, Memory
 
 __all__ = ["Conv2d"]
@@ -132,18 +137,31 @@ class Conv2d(Layer):
         return GroupedOperator(node, self, memory)
 
 
+def _is_tiled(node: Node, layer: Conv2d) -> bool:
+    """Whether Winograd's tiles compute this node: they hold whole windows of 2 x 2 only."""
+    height, width, outputs = node.raw_shape
+    channels = node.inputs[0].shape[2], outputs
+    fits = suits_winograd(layer.window, layer.steps, channels, (height, width))
+    return fits and node.pool in (None, (2, 2))
+
+
 class _ConvolutionOperator:
     def __init__(self, node: Node, layer: Conv2d, memory: Memory) -> None:
         sink = memory.sink(node.inputs[0])
         pooled = node.pool is not None
         unpooled = memory.keep(node.raw_shape) if pooled else memory.value(node.output)
-        self._forward = ForwardPass(node, layer, memory, unpooled)
+        tiled = _is_tiled(node, layer)
+        self._forward: ForwardPass | WinogradForward
+        self._weights: WeightsPass | WinogradWeights
+        self._input: InputPass | WinogradInput | None = None
+        self._forward = (WinogradForward if tiled else ForwardPass)(node, layer, memory, unpooled)
         frame, gradient = self._gradient_frame(node, layer, memory)
         self._mask = MaskPass(node, memory, self._forward, gradient) if frame is not None else None
         if frame is None:
             frame = memory.frame(node.output)
-        self._weights = WeightsPass(node, layer, memory, gradient)
-        self._input = InputPass(node, layer, memory, frame, sink) if sink else None
+        self._weights = (WinogradWeights if tiled else WeightsPass)(node, layer, memory, gradient)
+        if sink:
+            self._input = (WinogradInput if tiled else InputPass)(node, layer, memory, frame, sink)
 
     @staticmethod
     def _gradient_frame(node: Node, layer: Conv2d, memory: Memory) -> tuple[Array | None, Array]:
