@@ -46,6 +46,7 @@ from dynacomm_async.nn import (
     Network,
     Tanh,
 )
+from dynacomm_async.nn.crew import Crew
 from dynacomm_async.nn.memory import Arenas, Memory
 
 Call = Callable[[], object]
@@ -91,7 +92,7 @@ def measure_network(name: str, threads: int, quick: bool) -> dict[str, Any]:
     generator = np.random.default_rng(0)
     classes = 1000 if name == "mobilenet_v2" else 10
     network = models.build(name, input_shape=shape, classes=classes)
-    engine = network.bind(batch, network.initialise(0))
+    engine = network.bind(batch, network.initialise(0), threads=threads)
     images = generator.standard_normal((batch, *shape), dtype=np.float32)
     labels = generator.integers(0, classes, batch)
     inputs, targets = torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
@@ -159,7 +160,7 @@ def our_layer(layer: Any, shape: tuple[int, ...], batch: int, backward: bool) ->
     network = Network("one", parts, (1, 1, shape[0]) if flat else shape, 4)
     zeros = [np.zeros(n, np.float32) for n in (network.parameters, network.statistics)]
     arenas = Arenas(network.initialise(0), zeros[0], zeros[1], zeros[1].copy())
-    memory = Memory(network.nodes, network.input, batch, arenas)
+    memory = Memory(network.nodes, network.input, Crew(batch).members[0], arenas)
     operators = [node.layer.plan(node, memory) for node in network.nodes]
     place = next(i for i, node in enumerate(network.nodes) if node.layer is layer)
     node, operator = network.nodes[place], operators[place]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dynacomm_async.errors import ConfigError, ShapeError
-from dynacomm_async.nn.graph import Operator
+from dynacomm_async.nn.crew import Crew, Member
 from dynacomm_async.nn.hooks import Hooks
 from dynacomm_async.nn.kernels import softmax_cross_entropy
-from dynacomm_async.nn.memory import Arenas, Array, Memory
+from dynacomm_async.nn.memory import Arenas, Array, MemoryUse
+from dynacomm_async.nn.shards import Shard, count_shards
 
 if TYPE_CHECKING:
     from dynacomm_async.nn.network import Network
@@ -28,8 +30,8 @@ MOMENTUM = 0.1
 class Engine:
     """Runs a :class:`Network`; made by :meth:`Network.bind`.
 
-    One thread at a time may use it. The same images, labels, parameters and draw give the same
-    bits, wherever the arenas lie in memory.
+    One thread at a time may use it. The same images, labels, parameters, draw and number of shards
+    give the same bits, wherever the arenas lie in memory. Hooks are called on the caller's thread.
 
     Attributes:
         network, batch: what it was bound for.
@@ -42,7 +44,7 @@ class Engine:
     """
 
     def __init__(
-        self, network: Network, batch: int, arenas: Arenas, smoothing: float = 0.0
+        self, network: Network, batch: int, arenas: Arenas, smoothing: float = 0.0, threads: int = 1
     ) -> None:
         self.network = network
         self.batch = batch
@@ -51,18 +53,22 @@ class Engine:
         self.statistics = arenas.statistics
         self.batch_statistics = arenas.batch_statistics
         self._smoothing = smoothing
-        self._memory = memory = Memory(network.nodes, network.input, batch, arenas)
-        self._input = memory.value(network.input)
-        self._layers: list[list[Operator]] = [
-            [node.layer.plan(node, memory) for node in nodes] for nodes in network.layer_nodes
-        ]
-        self._logits = memory.value(network.output)
-        self._gradient = memory.gradient(network.output)
-        self.memory = memory.use()
+        self._crew = Crew(batch, count_shards(network, batch, threads))
+        self._shards = [Shard(network, member, arenas) for member in self._crew.members]
+        self._logits, self._gradient = np.zeros(
+            (2, batch, network.classes), arenas.parameters.dtype
+        )
+        rows = MemoryUse(self._logits.nbytes, self._gradient.nbytes, 0)
+        self.memory = sum((shard.use for shard in self._shards), rows)
         self._norm = next((node.name for node in network.nodes if node.layer.normalises), None)
         self._chance = next((node.name for node in network.nodes if node.layer.draws), None)
         self._ready = False
         self.loss = 0.0
+
+    @property
+    def shards(self) -> int:
+        """How many threads compute a part of the batch each."""
+        return len(self._shards)
 
     def forward(
         self, images: Array, *, hooks: Hooks | None = None, draw: Draw | None = None
@@ -140,11 +146,7 @@ class Engine:
         logits = np.empty((len(images), self.network.classes), self._logits.dtype)
         for start in range(0, len(images), self.batch):
             part = images[start : start + self.batch]
-            np.copyto(self._input[: len(part)], part)
-            self._input[len(part) :] = 0
-            for operators in self._layers:
-                for operator in operators:
-                    operator.forward(False)
+            self._crew.run(partial(self._predict_shard, part))
             logits[start : start + len(part)] = self._logits[: len(part)]
         return logits
 
@@ -173,32 +175,71 @@ class Engine:
         self, images: Array, labels: NDArray[np.int64] | None, hooks: Hooks | None
     ) -> None:
         self._ready = False
-        last = len(self._layers) - 1
-        for index, operators in enumerate(self._layers):
-            if hooks is not None:
-                hooks.before_forward(index)
-            if index == 0:
-                np.copyto(self._input, images)
-            for operator in operators:
-                operator.forward(True)
-            if index == last and labels is not None:
-                losses = softmax_cross_entropy(
-                    self._logits, labels, self._gradient, smoothing=self._smoothing
-                )
-                self.loss = float(losses.mean(dtype=np.float64))
-            if hooks is not None:
-                hooks.after_forward(index)
+        self._crew.run(partial(self._forward_shard, images, labels, hooks))
         self._ready = True
 
     def _run_backward(self, hooks: Hooks | None) -> None:
         self._ready = False
-        for index in range(len(self._layers) - 1, -1, -1):
-            if hooks is not None:
-                hooks.before_backward(index)
-            for operator in reversed(self._layers[index]):
-                operator.backward()
-            if hooks is not None:
-                hooks.after_backward(index)
+        self._crew.run(partial(self._backward_shard, hooks))
+
+    def _forward_shard(
+        self,
+        images: Array,
+        labels: NDArray[np.int64] | None,
+        hooks: Hooks | None,
+        member: Member,
+    ) -> None:
+        shard = self._shards[member.index]
+        last = len(self.network.layers) - 1
+        if hooks is not None:
+            member.meet(partial(hooks.before_forward, 0))
+        shard.load(images)
+        for layer in range(last + 1):
+            shard.forward(layer, True)
+            if layer == last:
+                self._logits[member.images] = shard.logits
+            member.meet(partial(self._between_forward, layer, labels, hooks))
+
+    def _between_forward(
+        self, layer: int, labels: NDArray[np.int64] | None, hooks: Hooks | None
+    ) -> None:
+        """What one thread does behind a layer while the others wait."""
+        last = layer == len(self.network.layers) - 1
+        if last and labels is not None:
+            losses = softmax_cross_entropy(
+                self._logits, labels, self._gradient, smoothing=self._smoothing
+            )
+            self.loss = float(losses.mean(dtype=np.float64))
+        if hooks is not None:
+            hooks.after_forward(layer)
+            if not last:
+                hooks.before_forward(layer + 1)
+
+    def _backward_shard(self, hooks: Hooks | None, member: Member) -> None:
+        shard = self._shards[member.index]
+        last = len(self.network.layers) - 1
+        if hooks is not None:
+            member.meet(partial(hooks.before_backward, last))
+        np.copyto(shard.gradient, self._gradient[member.images])
+        for layer in range(last, -1, -1):
+            shard.backward(layer)
+            member.meet(partial(self._between_backward, layer, hooks))
+
+    def _between_backward(self, layer: int, hooks: Hooks | None) -> None:
+        """As :meth:`_between_forward`; the layer's gradients are added up."""
+        for shard in self._shards:
+            shard.add_gradients(layer)
+        if hooks is not None:
+            hooks.after_backward(layer)
+            if layer:
+                hooks.before_backward(layer - 1)
+
+    def _predict_shard(self, images: Array, member: Member) -> None:
+        shard = self._shards[member.index]
+        shard.load(images)
+        for layer in range(len(self.network.layers)):
+            shard.forward(layer, False)
+        self._logits[member.images] = shard.logits
 
     def _check_training(self, images: Array) -> None:
         """Raises ShapeError if these images are no training batch."""
@@ -215,7 +256,8 @@ class Engine:
                 f"layer {self._chance}: dropout needs to know what it follows from, "
                 f"expected draw=(seed, step, slot)"
             )
-        self._memory.draw = draw or ()
+        for shard in self._shards:
+            shard.set_draw(draw or ())
 
     def _check(self, what: str, array: Array, shape: tuple[int, ...]) -> None:
         """Raises ShapeError naming the layer that would read ``array``: the first or the last."""

@@ -8,7 +8,7 @@ the way the operator that reads them wants.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dynacomm_async.nn.crew import Member
 from dynacomm_async.nn.graph import Frame, Node, Shape, Value
 
 __all__ = ["Arenas", "Array", "Memory", "MemoryUse", "Sink"]
@@ -29,7 +30,7 @@ class Arenas:
 
     Attributes:
         parameters: read in forward and backward.
-        gradients: overwritten in backward.
+        gradients: overwritten in backward; see ``starts`` of :class:`Memory`.
         statistics: running mean and variance of the batch norms, read in evaluation only.
         batch_statistics: mean and (unbiased) variance of the last training batch, overwritten.
     """
@@ -79,24 +80,50 @@ class MemoryUse:
         """All of it."""
         return self.activations + self.gradients + self.workspace
 
+    def __add__(self, other: MemoryUse) -> MemoryUse:
+        """What both hold."""
+        return MemoryUse(
+            self.activations + other.activations,
+            self.gradients + other.gradients,
+            self.workspace + other.workspace,
+        )
+
 
 class Memory:
     """Hands out views while operators are planned.
 
     Args:
         nodes: of the network, in forward order.
-        batch: images in a batch.
+        source: its input.
+        member: the shard of the batch that the arrays are for.
         arenas: parameters and their like; views of them are handed out.
+        scratch: elements that the workspaces will need, as :meth:`needs` of an earlier planning
+            told; None: not known, they grow.
+        starts: for each node, where in ``arenas.parameters`` what ``arenas.gradients`` holds
+            begins; None: they hold all.
 
     Attributes:
-        batch: as given.
+        member: as given.
+        batch: images of the shard.
         dtype: of all arrays but masks.
         draw: what the chance of the training step at hand follows from.
     """
 
-    def __init__(self, nodes: Sequence[Node], source: Value, batch: int, arenas: Arenas) -> None:
-        self.batch = batch
+    def __init__(
+        self,
+        nodes: Sequence[Node],
+        source: Value,
+        member: Member,
+        arenas: Arenas,
+        *,
+        scratch: Mapping[str, int] | None = None,
+        starts: Mapping[str, int] | None = None,
+    ) -> None:
+        self.member = member
+        self.batch = member.batch
         self.dtype = arenas.parameters.dtype
+        self._needs: Counter[str] = Counter(scratch)
+        self._starts = starts or {}
         self._arenas = arenas
         self._producers = {node.output.index: node for node in nodes}
         self._readers = Counter(value.index for node in nodes for value in node.inputs)
@@ -184,11 +211,11 @@ class Memory:
 
     def parameters(self, node: Node) -> list[Array]:
         """Views of the node's parameters."""
-        return self._cut(self._arenas.parameters, node)
+        return self._cut(self._arenas.parameters, node, 0)
 
     def parameter_gradients(self, node: Node) -> list[Array]:
         """Views of the gradients of the node's parameters."""
-        return self._cut(self._arenas.gradients, node)
+        return self._cut(self._arenas.gradients, node, self._starts.get(node.name, 0))
 
     def statistics(self, node: Node) -> tuple[Array, Array]:
         """Views of the running and of the batch statistics of the node."""
@@ -203,15 +230,20 @@ class Memory:
         """
         found = self._scratch.get(use)
         if found is None or found.size < count:
-            # Views of the smaller one live on: it counts as long as the operators do.
-            found = self._scratch[use] = np.empty(count, dtype or self.dtype)
+            # Where sizes are not known, views of the smaller one live on.
+            self._needs[use] = size = max(count, self._needs[use])
+            found = self._scratch[use] = np.empty(size, dtype or self.dtype)
             self._held["workspace"] += found.nbytes
         return found[:count]
+
+    def needs(self) -> Mapping[str, int]:
+        """How many elements of each workspace have been asked for."""
+        return {**self._needs, "ones": self._ones.size, "zeros": self._zeros.size}
 
     def ones(self, count: int) -> Array:
         """1-D array of at least ``count`` ones; not to be written."""
         if self._ones.size < count:
-            self._ones = np.ones(count, self.dtype)
+            self._ones = np.ones(max(count, self._needs["ones"]), self.dtype)
         return self._ones
 
     def zeros(self, count: int) -> Array:
@@ -220,11 +252,11 @@ class Memory:
         NumPy takes a maximum with an array of zeros faster than with the number.
         """
         if self._zeros.size < count:
-            self._zeros = np.zeros(count, self.dtype)
+            self._zeros = np.zeros(max(count, self._needs["zeros"]), self.dtype)
         return self._zeros
 
-    def _cut(self, arena: Array, node: Node) -> list[Array]:
-        offset = self._offsets[node.name][0]
+    def _cut(self, arena: Array, node: Node, start: int) -> list[Array]:
+        offset = self._offsets[node.name][0] - start
         views = []
         for shape in node.parameter_shapes:
             views.append(arena[offset : offset + prod(shape)].reshape(shape))

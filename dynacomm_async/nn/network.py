@@ -125,6 +125,7 @@ class Network:
         *,
         dtype: Any = None,
         smoothing: float = 0.0,
+        threads: int = 1,
     ) -> Engine:
         """Plan all workspaces for ``batch`` images; return what computes steps in them.
 
@@ -136,15 +137,20 @@ class Network:
             batch: images in a training step, at least 1 (2 with batch norm to train).
             dtype: float32 or float64; None takes that of ``parameters``, else float32.
             smoothing: of the labels in training, at least 0 and below 1.
+            threads: compute up to so many shards of the batch side by side, where the network is
+                large enough; BLAS should have one thread then. Results depend on it in their last
+                bits.
 
         Raises:
-            ConfigError: a batch or a smoothing that cannot be.
+            ConfigError: a batch, a smoothing or a number of threads that cannot be.
             ShapeError: an arena has the wrong size, dtype or layout.
         """
         if batch < 1:
             raise ConfigError(f"the batch is {batch}, expected at least 1")
         if not 0 <= smoothing < 1:
             raise ConfigError(f"label smoothing is {smoothing}, expected at least 0 and below 1")
+        if threads < 1:
+            raise ConfigError(f"threads is {threads}, expected at least 1")
         if dtype is None:
             dtype = np.float32 if parameters is None else parameters.dtype
         kind = np.dtype(dtype)
@@ -159,7 +165,7 @@ class Network:
             self._arena("statistics", statistics, moments, kind),
             self._arena("batch_statistics", batch_statistics, moments, kind),
         )
-        return Engine(self, batch, arenas, smoothing)
+        return Engine(self, batch, arenas, smoothing, threads)
 
     def _arena(self, what: str, given: Array | None, count: int, dtype: np.dtype[Any]) -> Array:
         if given is None:

@@ -92,6 +92,15 @@ class Transforms:
         self.outputs = np.kron(a.T, a.T).astype(dtype)
 
 
+_LEAST_CHANNELS = 32
+_MARGIN = 1.5
+"""What an operation of Winograd's costs beside one of a direct convolution, copies included.
+
+Measured at 16 to 512 channels and 5 to 56 pixels: where the rule says tiles, they took 0.46 to 0.91
+of the time on AVX2.
+"""
+
+
 def suits_winograd(
     kernel: tuple[int, int],
     stride: tuple[int, int],
@@ -100,27 +109,20 @@ def suits_winograd(
 ) -> bool:
     """Whether tiles are the faster way: a fixed rule, since the result's bits depend on it.
 
-    Operations are counted; those of the transforms weigh more the fewer channels share them, those
-    of tiles that reach over the edge are lost. Measured at 24 to 512 channels.
+    Operations are counted. The transforms weigh more the fewer channels share them, and what tiles
+    that reach over the edge compute there is lost.
 
     Args:
         channels: of the input and of the output.
         output: height and width.
     """
-    if kernel != (3, 3) or stride != (1, 1):
-        return False
     before, after = channels
-    if min(channels) < _LEAST_CHANNELS:
+    if kernel != (3, 3) or stride != (1, 1) or min(channels) < _LEAST_CHANNELS:
         return False
-    products, transforms = PLACES * before * after, PLACES * (PLACES * before + TILE**2 * after)
-    direct = 9 * before * after * output[0] * output[1]
     down, across = tiles_in(output)
-    return down * across * (products + transforms) * _MARGIN < direct
-
-
-_LEAST_CHANNELS = 24
-_MARGIN = 1.2
-"""The transforms' share of copies, which direct convolutions do less of."""
+    transforms = PLACES * (PLACES * before + TILE * TILE * after)
+    tiled = down * across * (PLACES * before * after + transforms)
+    return tiled * _MARGIN < 9 * before * after * output[0] * output[1]
 
 
 def tiles_in(output: tuple[int, int]) -> tuple[int, int]:

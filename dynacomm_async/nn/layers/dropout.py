@@ -49,11 +49,13 @@ class _DropoutOperator:
         self._gradient = memory.gradient(node.output)
         self._memory, self._rate, self._place = memory, layer.rate, node.output.index
         self._factors = memory.keep(node.output.shape)
+        self._before = memory.member.images.start * self._factors[0].size
         self._product = memory.scratch("whole", self._factors.size).reshape(self._factors.shape)
 
     def forward(self, training: bool) -> None:
         if training and self._rate:
-            draw_factors(self._factors.reshape(-1), self._rate, (*self._memory.draw, self._place))
+            key = *self._memory.draw, self._place
+            draw_factors(self._factors.reshape(-1), self._rate, key, self._before)
             np.multiply(self._input, self._factors, out=self._output)
         else:
             self._factors[...] = 1

@@ -89,7 +89,9 @@ class _BatchNormOperator:
         height, width = (shape[0], shape[1]) if len(shape) == 3 else (1, 1)
         self._run = width * channels
         self._epsilon = memory.dtype.type(layer.epsilon)
-        self._count = memory.dtype.type(memory.batch * height * width)
+        self._member = member = memory.member
+        self._own = memory.dtype.type(memory.batch * height * width)
+        self._count = memory.dtype.type(member.whole_batch * height * width)
         self._relu, self._limit = node.relu, node.limit
         self._parameters = memory.parameters(node)
         self._parameter_gradients = memory.parameter_gradients(node)
@@ -101,7 +103,13 @@ class _BatchNormOperator:
         self._ones, self._zeros = memory.ones(size // self._run), memory.zeros(size)
         self._tiles = [memory.scratch(f"tile {index}", size) for index in range(3)]
         self._row, self._other, self._part = np.empty((3, self._run), memory.dtype)
-        self._mean, self._variance, self._scale = np.empty((3, channels), memory.dtype)
+        self._moments, self._sums = np.empty((2, 2, channels), memory.dtype)
+        self._mean, self._variance = self._moments
+        self._shift, self._scale = np.empty((2, channels), memory.dtype)
+        self._tables = [
+            member.table(f"{node.name} {use}", size, memory.dtype)
+            for use, size in (("mean", channels), ("moment", channels), ("sums", 2 * channels))
+        ]
 
     def _group(self, images: slice, node: Node, memory: Memory, size: int) -> _Group:
         source, y = memory.value(node.inputs[0])[images], memory.value(node.output)[images]
@@ -157,23 +165,49 @@ class _BatchNormOperator:
     def _measure(self) -> None:
         """Mean and variance of this batch, into the batch statistics too.
 
-        In two passes: the difference of the mean square and the squared mean would cancel.
+        In one pass over the differences from a shift, the mean of the first group. The squared
+        distance of shift and mean, which is subtracted in the end, is at most as many times the
+        variance as there are groups, so little cancels.
         """
-        for index, group in enumerate(self._groups):
-            self._add_rows(_load(group), self._row, index == 0)
-        self._fold(self._row, self._mean)
-        self._mean /= self._count
-        mean = self._tile(0, self._mean)
+        rows = self._row, self._other
+        self._add_rows(_load(self._groups[0]), self._row, True)
+        self._fold(self._row, self._shift)
+        self._shift /= self._groups[0].t.size // self._channels
+        shift = self._tile(0, self._shift)
         for index, group in enumerate(self._groups):
             t = group.t
-            np.subtract(_load(group), mean[: t.size], out=t)
-            np.multiply(t, t, out=t)
+            np.subtract(_load(group), shift[: t.size], out=t)
             self._add_rows(t, self._row, index == 0)
-        self._fold(self._row, self._variance)
+            np.multiply(t, t, out=t)
+            self._add_rows(t, self._other, index == 0)
+        for row, moment in zip(rows, self._moments, strict=True):
+            self._fold(row, moment)
+        mean, variance = self._moments
+        mean /= self._own
+        variance -= mean * mean * self._own
+        mean += self._shift
+        self._join_moments()
+        np.maximum(variance, 0, out=variance)
         of_mean, of_variance = self._of_batch.reshape(2, -1)
-        np.copyto(of_mean, self._mean)
-        np.divide(self._variance, self._count - 1, out=of_variance)
-        self._variance /= self._count
+        if self._member.index == 0:
+            np.copyto(of_mean, mean)
+            np.divide(variance, self._count - 1, out=of_variance)
+        variance /= self._count
+
+    def _join_moments(self) -> None:
+        """From mean and squared distances of a shard's own, those of the whole batch.
+
+        Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance", 1983.
+        """
+        if self._member.is_alone:
+            return
+        means, moments, _ = self._tables
+        own, variance = self._mean.copy(), self._variance
+        self._mean *= self._own / self._count
+        self._member.add_up(self._mean, means)
+        own -= self._mean
+        variance += own * own * self._own
+        self._member.add_up(variance, moments)
 
     def backward(self) -> None:
         gamma_gradient, beta_gradient = self._parameter_gradients
@@ -185,10 +219,15 @@ class _BatchNormOperator:
             np.subtract(_load(group), mean[: t.size], out=t)
             np.multiply(t, dy, out=t)
             self._add_rows(t, self._other, index == 0)
-        self._fold(self._row, beta_gradient)
-        self._fold(self._other, gamma_gradient)
-        np.multiply(gamma_gradient, self._scale, out=gamma_gradient)
+        of_beta, of_gamma = self._sums
+        self._fold(self._row, of_beta)
+        self._fold(self._other, of_gamma)
+        np.multiply(of_gamma, self._scale, out=of_gamma)
+        # The shards' gradients are added up behind the layer: these are this shard's own.
+        np.copyto(beta_gradient, of_beta)
+        np.copyto(gamma_gradient, of_gamma)
         if self._sink is not None:
+            self._member.add_up(self._sums.reshape(-1), self._tables[2])
             self._backward_input(self._sink.accumulate)
 
     def _mask(self, group: _Group) -> None:
@@ -202,7 +241,7 @@ class _BatchNormOperator:
     def _backward_input(self, accumulate: bool) -> None:
         """The input's gradient is a * dy + b * x + c with three numbers for each channel."""
         gamma, _ = self._parameters
-        gamma_gradient, beta_gradient = self._parameter_gradients
+        beta_gradient, gamma_gradient = self._sums
         slope = gamma * self._scale
         towards = -slope * self._scale * gamma_gradient / self._count
         constant = -slope * beta_gradient / self._count - towards * self._mean

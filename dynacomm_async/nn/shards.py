@@ -1,0 +1,105 @@
+"""A network's operators for one shard of a batch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dynacomm_async.nn.crew import Member
+from dynacomm_async.nn.graph import Operator
+from dynacomm_async.nn.memory import Arenas, Array, Memory, MemoryUse
+
+if TYPE_CHECKING:
+    from dynacomm_async.nn.network import Network
+
+__all__ = ["Shard", "count_shards"]
+
+LEAST_FLOPS = 200_000_000
+"""Forward operations of a shard below which meeting costs more than a second thread saves."""
+
+
+def count_shards(network: Network, batch: int, threads: int) -> int:
+    """Shards that ``batch`` images are cut into: a fixed rule, since sums depend on it."""
+    return max(1, min(threads, batch, network.forward_flops * batch // LEAST_FLOPS))
+
+
+class Shard:
+    """One shard, planned: its arrays and operators.
+
+    The first writes its gradients into the arena; the others have room for those of one scheduled
+    layer, which :meth:`add_gradients` adds to the arena before the next one is computed.
+
+    Args:
+        network: what it computes.
+        member: which images.
+        arenas: of the engine.
+
+    Attributes:
+        member: as given.
+        input: where its images are copied to.
+        logits, gradient: (n, classes), what the last layer gives and the gradient by it.
+        use: bytes held beside the arenas.
+    """
+
+    def __init__(self, network: Network, member: Member, arenas: Arenas) -> None:
+        self.member = member
+        self._ends = list(accumulate(layer.count for layer in network.layers))
+        self._arena = arenas.gradients
+        self._own = self._arena
+        starts = {}
+        if member.index:
+            self._own = np.zeros(max(layer.count for layer in network.layers), self._arena.dtype)
+            arenas = replace(arenas, gradients=self._own)
+            for nodes, end, layer in zip(
+                network.layer_nodes, self._ends, network.layers, strict=True
+            ):
+                starts.update({node.name: end - layer.count for node in nodes})
+
+        def plan(memory: Memory) -> list[list[Operator]]:
+            memory.value(network.input)
+            return [[node.layer.plan(node, memory) for node in nodes] for nodes in layers]
+
+        layers, parts = network.layer_nodes, (network.nodes, network.input, member, arenas)
+        # Planned twice: the first time tells how large workspaces have to be. The large arrays of
+        # that are never touched, so they take up no memory.
+        trial = Memory(*parts, starts=starts)
+        plan(trial)
+        self._memory = memory = Memory(*parts, starts=starts, scratch=trial.needs())
+        self.layers = plan(memory)
+        self.input = memory.value(network.input)
+        self.logits, self.gradient = memory.value(network.output), memory.gradient(network.output)
+        extra = self._own.nbytes if member.index else 0
+        self.use = memory.use() + MemoryUse(0, 0, extra)
+
+    def set_draw(self, draw: tuple[int, ...]) -> None:
+        """Say what the chance of the step at hand follows from."""
+        self._memory.draw = draw
+
+    def load(self, images: Array) -> None:
+        """Copy the shard's part of the whole batch's images, with zeros behind too few."""
+        part = images[self.member.images]
+        np.copyto(self.input[: len(part)], part)
+        self.input[len(part) :] = 0
+
+    def forward(self, layer: int, training: bool) -> None:
+        """Run a scheduled layer's operators."""
+        for operator in self.layers[layer]:
+            operator.forward(training)
+
+    def backward(self, layer: int) -> None:
+        """Run a scheduled layer's operators backwards."""
+        for operator in reversed(self.layers[layer]):
+            operator.backward()
+
+    def add_gradients(self, layer: int) -> None:
+        """Add a scheduled layer's gradients to the arena, where they are not there already."""
+        if self.member.index:
+            end = self._ends[layer]
+            part = self._arena[end - self._count(layer) : end]
+            np.add(part, self._own[: part.size], out=part)
+
+    def _count(self, layer: int) -> int:
+        return self._ends[layer] - (self._ends[layer - 1] if layer else 0)
