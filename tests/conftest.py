@@ -27,6 +27,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+# As the command line sets it, before NumPy is loaded: more BLAS threads than one fight with ours.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray

@@ -10,7 +10,7 @@ Run it::
 A step is forward and backward of the mean cross-entropy of one batch of 32 images (MobileNetV2:
 8 images of 96x96), without the update. Both take turns in one process, a step of the one, then a
 step of the other; times are medians, the ratio is ours over PyTorch's: below 1 the engine is
-faster. PyTorch is used as most do: contiguous (N, C, H, W), eager; *channels last* stands beside it.
+faster. PyTorch is used as most do, eager on contiguous (N, C, H, W); *channels last* beside it.
 
 Each setting is a process of its own, since BLAS chooses its kernels when it is loaded: once as it
 likes, and once with ``OPENBLAS_CORETYPE=Haswell``, where that makes a difference. With two threads
@@ -114,9 +114,14 @@ def measure_network(name: str, threads: int, quick: bool) -> dict[str, Any]:
         theirs(torch.channels_last),
     ]
     ours_s, torch_s, last_s = take_turns(calls, quick)
-    row = {"what": name, "threads": threads, "ours_s": ours_s, "torch_s": torch_s}
-    held = engine.memory.total
-    return {**row, "channels_last_s": last_s, "held_bytes": held, "target": TARGETS.get((name, threads))}
+    return {
+        "what": f"{name}, {engine.shards} shard(s)",
+        "ours_s": ours_s,
+        "torch_s": torch_s,
+        "channels_last_s": last_s,
+        "target": TARGETS.get((name, threads)),
+        "held_bytes": engine.memory.total,
+    }
 
 
 def layer_rows() -> list[tuple[str, Definition, tuple[int, ...], bool, float]]:

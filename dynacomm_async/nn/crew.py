@@ -1,8 +1,8 @@
 """Threads that compute shards of one batch side by side.
 
 Each shard is a run of the batch's images with arrays of its own. All shards run the same operators
-in the same order and meet where they depend on each other: between scheduled layers, where gradients
-are added up and hooks are called, and in batch norm, whose statistics are those of the whole batch.
+in the same order and meet where they depend on each other: between scheduled layers, where hooks
+are called and gradients added up, and in batch norm, whose statistics are those of the whole batch.
 Sums are always taken in the order of the shards, so the result does not depend on which thread is
 faster; NumPy releases the interpreter's lock while it computes, so the threads do run side by side.
 

@@ -24,7 +24,8 @@ from dynacomm_async.nn import (
     Residual,
     Tanh,
 )
-from dynacomm_async.nn.kernels import blocks, elementwise
+from dynacomm_async.nn.kernels import blocks, elementwise, winograd
+from dynacomm_async.nn.layers import convolution
 
 # A 1 x 1 convolution in front: its gradients hold the layer's input gradient to account.
 FRONT = Conv2d(5, 1, name="front")
@@ -213,6 +214,18 @@ def test_gradients_are_right_when_blocks_hold_a_few_pixels_only(
     monkeypatch.setattr(elementwise, "GROUP_FLOATS", 200)
     parts, input_shape = CASES[case]
     assert worst_gradient_error(wrap(parts, input_shape), 5, seed=1) < TOLERANCE
+
+
+@pytest.mark.parametrize("most", [2, 128])
+@pytest.mark.parametrize("case", [case for case in CASES if "convolution" in case or "res" in case])
+def test_gradients_are_right_by_tiles(case, most, wrap, worst_gradient_error, monkeypatch):
+    def suits(kernel, stride, channels, output):
+        return (kernel, stride) == ((3, 3), (1, 1))
+
+    monkeypatch.setattr(convolution, "suits_winograd", suits)
+    monkeypatch.setattr(winograd, "MOST_TILES", most)
+    parts, input_shape = CASES[case]
+    assert worst_gradient_error(wrap(parts, input_shape), 5, seed=1, probes=12) < TOLERANCE
 
 
 sizes = st.integers(1, 4)

@@ -188,6 +188,31 @@ def test_convolutions_of_any_shape_agree(
     assert disagreement(network, 3, seed, make_batch) < 1e-4
 
 
+@settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    extent=st.tuples(st.integers(3, 22), st.integers(3, 22)),
+    channels=st.tuples(st.integers(32, 80), st.integers(32, 80)),
+    padding=st.integers(0, 2),
+    behind=st.sampled_from([[], [Tanh()], [BatchNorm(), Tanh()], [MaxPool(2), Tanh()]]),
+    seed=st.integers(0, 1000),
+)
+def test_convolutions_of_many_channels_agree(
+    extent, channels, padding, behind, seed, wrap, make_batch
+):
+    before, after = channels
+    convolution = Conv2d(after, 3, 1, padding)
+    shape = convolution.output_shape(((*extent, before),))
+    if min(shape[:2]) < 2:
+        behind = []
+    network = wrap([Conv2d(before, 1, name="front"), convolution, *behind], (*extent, 3))
+    assert disagreement(network, 3, seed, make_batch) < 1e-4
+
+
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     batch=st.integers(1, 9),

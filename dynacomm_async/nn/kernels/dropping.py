@@ -14,9 +14,7 @@ _WORDS = 4096
 """Random words drawn at a time, so that a step allocates nothing large."""
 
 
-def draw_factors(
-    factors: NDArray[Any], rate: float, key: Sequence[int], before: int = 0
-) -> None:
+def draw_factors(factors: NDArray[Any], rate: float, key: Sequence[int], before: int = 0) -> None:
     """Fill ``factors`` (n,) with 0 at a chance of ``rate``, else 1 / (1 - rate).
 
     A function of ``key`` (integers from 0), ``rate`` and n alone: NumPy promises that seed
@@ -33,7 +31,5 @@ def draw_factors(
         part = factors[max(0, begin - skip) : begin - skip + 2 * _WORDS]
         first = skip if begin == 0 else 0
         words = bits.random_raw(-(-(first + part.size) // 2)).astype("<u8", copy=False).view("<u4")
-        np.greater_equal(
-            words[first : first + part.size], bound, out=part, casting="unsafe"
-        )
+        np.greater_equal(words[first : first + part.size], bound, out=part, casting="unsafe")
     factors *= factors.dtype.type(1 / (1 - rate))

@@ -122,7 +122,8 @@ def suits_winograd(
     down, across = tiles_in(output)
     transforms = PLACES * (PLACES * before + TILE * TILE * after)
     tiled = down * across * (PLACES * before * after + transforms)
-    return tiled * _MARGIN < 9 * before * after * output[0] * output[1]
+    direct = 9 * before * after * output[0] * output[1]
+    return tiled * _MARGIN < direct
 
 
 def tiles_in(output: tuple[int, int]) -> tuple[int, int]:
@@ -186,19 +187,18 @@ def plan_tiles(
     scratch: Array,
     *,
     accumulate: bool = False,
-    step: int = TILE,
 ) -> list[TileBlock]:
     """Cut ``array`` into blocks of tiles, the same for every array of equally many tiles.
 
     Args:
         array: (N, H, W, C), channels contiguous; blocks keep views of it.
-        size: height and width of a tile.
+        size: height and width of a tile. Those of an input's tiles lie :data:`TILE` apart and
+            overlap, all others lie side by side.
         tiles: lines of tiles, and tiles in a line.
         scratch: 1-D, at least size * size * :func:`block_tiles` * C elements, shared by the blocks.
         accumulate: see :class:`TileBlock`.
-        step: distance of neighbouring tiles.
     """
-    channels, (down, across) = array.shape[3], tiles
+    channels, (down, across), step = array.shape[3], tiles, min(size, TILE)
     blocks = []
     for images, lines in _cut(array.shape[0], down, across):
         shape = (images.stop - images.start, lines.stop - lines.start, across, channels)
@@ -211,12 +211,9 @@ def plan_tiles(
 
 
 def block_tiles(batch: int, tiles: tuple[int, int]) -> int:
-    """Tiles of the largest block."""
-    down, across = tiles
-    return max(
-        (images.stop - images.start) * (lines.stop - lines.start) * across
-        for images, lines in _cut(batch, down, across)
-    )
+    """Tiles of the largest block, which is the first."""
+    images, lines = next(_cut(batch, *tiles))
+    return int(images.stop * lines.stop * tiles[1])
 
 
 def _cut(batch: int, down: int, across: int) -> Iterator[tuple[slice, slice]]:

@@ -1,4 +1,4 @@
-"""Convolutions: by blocked columns and matrix products, or channel by channel."""
+"""Convolutions: by blocked columns, by Winograd's tiles, or channel by channel."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dynacomm_async.nn.graph import Frame, Layer, Node, Operator, Shape
 from dynacomm_async.nn.kernels import Phase, input_phases, phase_border, suits_winograd
 from dynacomm_async.nn.layers.checks import Pair, pair, require_image, window_output
 from dynacomm_async.nn.layers.convolution_passes import (
+    Activations,
     ForwardPass,
     InputPass,
     MaskPass,
@@ -148,15 +149,14 @@ def _is_tiled(node: Node, layer: Conv2d) -> bool:
 class _ConvolutionOperator:
     def __init__(self, node: Node, layer: Conv2d, memory: Memory) -> None:
         sink = memory.sink(node.inputs[0])
-        pooled = node.pool is not None
-        unpooled = memory.keep(node.raw_shape) if pooled else memory.value(node.output)
+        kept = Activations.plan(node, memory)
         tiled = _is_tiled(node, layer)
         self._forward: ForwardPass | WinogradForward
         self._weights: WeightsPass | WinogradWeights
         self._input: InputPass | WinogradInput | None = None
-        self._forward = (WinogradForward if tiled else ForwardPass)(node, layer, memory, unpooled)
+        self._forward = (WinogradForward if tiled else ForwardPass)(node, layer, memory, kept)
         frame, gradient = self._gradient_frame(node, layer, memory)
-        self._mask = MaskPass(node, memory, self._forward, gradient) if frame is not None else None
+        self._mask = MaskPass(node, memory, kept, gradient) if frame is not None else None
         if frame is None:
             frame = memory.frame(node.output)
         self._weights = (WinogradWeights if tiled else WeightsPass)(node, layer, memory, gradient)

@@ -30,7 +30,25 @@ from dynacomm_async.nn.memory import Array, Memory, Sink
 if TYPE_CHECKING:
     from dynacomm_async.nn.layers.convolution import Conv2d
 
-__all__ = ["ForwardPass", "InputPass", "MaskPass", "WeightsPass"]
+__all__ = ["Activations", "ForwardPass", "InputPass", "MaskPass", "WeightsPass"]
+
+
+class Activations(NamedTuple):
+    """What a convolution leaves behind for its way back; one array three times without pooling."""
+
+    output: Array
+    unpooled: Array
+    """Before pooling, bias and ReLU."""
+    maxima: Array
+    """Before bias and ReLU."""
+
+    @classmethod
+    def plan(cls, node: Node, memory: Memory) -> Activations:
+        """The arrays of this node."""
+        output = memory.value(node.output)
+        if node.pool is None:
+            return cls(output, output, output)
+        return cls(output, memory.keep(node.raw_shape), memory.keep(node.output.shape))
 
 
 class _ForwardStep(NamedTuple):
@@ -58,10 +76,8 @@ class ForwardPass:
     NumPy copies into strided memory much faster than it computes into it.
     """
 
-    def __init__(self, node: Node, layer: Conv2d, memory: Memory, unpooled: Array) -> None:
-        self.output = memory.value(node.output)
-        self.unpooled = unpooled
-        self.maxima = memory.keep(node.output.shape) if node.pool else self.output
+    def __init__(self, node: Node, layer: Conv2d, memory: Memory, kept: Activations) -> None:
+        self._kept = kept
         self._weights, *self._bias = memory.parameters(node)
         self._relu = node.relu
         height, width, channels = node.raw_shape
@@ -80,18 +96,19 @@ class ForwardPass:
         self._steps = [self._step(block, node) for block in blocks]
 
     def _step(self, block: Block, node: Node) -> _ForwardStep:
-        raw = block.cut(self.unpooled)
+        raw = block.cut(self._kept.unpooled)
         if not raw.flags.c_contiguous:
             raw = self._products[: raw.size].reshape(raw.shape)
         product = raw.reshape(-1, raw.shape[3])
         if node.pool is None:
-            target = block.cut(self.output)
+            target = block.cut(self._kept.output)
             here = np.may_share_memory(raw, target)
             flat = raw.reshape(-1)
             return _ForwardStep(block, product, [], raw, flat, flat, raw, None if here else target)
         high = node.pool[0]
         pooled = slice(block.lines.start // high, block.lines.stop // high)
-        maxima, target = self.maxima[block.images, pooled], self.output[block.images, pooled]
+        maxima = self._kept.maxima[block.images, pooled]
+        target = self._kept.output[block.images, pooled]
         taps = window_taps(raw, node.pool, node.pool, (maxima.shape[1], maxima.shape[2]))
         source = maxima.reshape(-1)
         result = self._pooled[: maxima.size] if self._bias or self._relu else source
@@ -118,7 +135,7 @@ class ForwardPass:
 class MaskPass:
     """The gradient before ReLU and pooling, from the one behind them, image group by group."""
 
-    def __init__(self, node: Node, memory: Memory, forward: ForwardPass, gradient: Array) -> None:
+    def __init__(self, node: Node, memory: Memory, kept: Activations, gradient: Array) -> None:
         self._relu = node.relu
         incoming = memory.gradient(node.output)
         groups = image_groups(incoming.shape)
@@ -126,16 +143,16 @@ class MaskPass:
         scratch, mask = memory.scratch("masked", size), memory.scratch("mask", size, np.bool_)
         self._groups = []
         for images in groups:
-            dy, y = incoming[images], forward.output[images]
+            dy, y = incoming[images], kept.output[images]
             m = mask[: dy.size].reshape(dy.shape)
             dz = gradient[images]
             masked = scratch[: dy.size].reshape(dy.shape)
             taps: list[Array] = []
             targets: list[Array] = []
             if node.pool:
-                taps = window_taps(forward.unpooled[images], node.pool, node.pool, dy.shape[1:3])
+                taps = window_taps(kept.unpooled[images], node.pool, node.pool, dy.shape[1:3])
                 targets = window_taps(dz, node.pool, node.pool, dy.shape[1:3])
-            self._groups.append((dy, y, m, masked, dz, taps, targets, forward.maxima[images]))
+            self._groups.append((dy, y, m, masked, dz, taps, targets, kept.maxima[images]))
 
     def run(self) -> None:
         for dy, y, mask, masked, dz, taps, targets, maxima in self._groups:

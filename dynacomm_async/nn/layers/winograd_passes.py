@@ -23,6 +23,7 @@ from dynacomm_async.nn.kernels import (
     pool_maximum,
     tiles_in,
 )
+from dynacomm_async.nn.layers.convolution_passes import Activations
 from dynacomm_async.nn.memory import Array, Memory, Sink
 
 if TYPE_CHECKING:
@@ -32,127 +33,147 @@ __all__ = ["WinogradForward", "WinogradInput", "WinogradWeights"]
 
 
 class _Workspace:
-    """Of one pass, shared with all others: what a block is on its way through."""
+    """What the blocks of one pass go through, shared with all other passes.
+
+    Attributes:
+        most: tiles of the largest block.
+        tiles: 1-D: tiles on their way in, and on their way out.
+        weights: (36, C, O), transformed.
+        flat_weights: the same memory as (36, C * O).
+    """
 
     def __init__(self, memory: Memory, tiles: tuple[int, int], channels: tuple[int, int]) -> None:
         self.most = block_tiles(memory.batch, tiles)
         size = PLACES * self.most * max(channels)
         self.tiles = memory.scratch("tiles", size)
-        self.transformed = memory.scratch("transformed tiles", size)
-        self.products = memory.scratch("tile products", size)
+        self._sides = memory.scratch("transformed tiles", 2 * size).reshape(2, size)
         count = PLACES * channels[0] * channels[1]
-        self.weights = memory.scratch("transformed weights", count).reshape(PLACES, *channels)
+        self.flat_weights = memory.scratch("transformed weights", count).reshape(PLACES, -1)
+        self.weights = self.flat_weights.reshape(PLACES, *channels)
+
+    def transformed(self, side: int, count: int, channels: int) -> _Transformed:
+        """Room for so many transformed tiles, on one of two sides of a product."""
+        shaped = self._sides[side, : PLACES * count * channels].reshape(PLACES, count, channels)
+        return _Transformed(shaped, shaped.reshape(PLACES, -1))
+
+
+class _Transformed(NamedTuple):
+    """Transformed tiles, or products of them."""
+
+    shaped: Array
+    """(36, tiles, channels)"""
+    flat: Array
+    """The same memory as (36, tiles * channels)."""
+
+
+def _flat(block: TileBlock) -> Array:
+    """The block's workspace as (places, tiles * C)."""
+    return block.scratch.reshape(len(block.scratch), -1)
 
 
 class _ForwardStep(NamedTuple):
     tiles: TileBlock
-    transformed: Array
-    """(36, tiles, C)"""
-    products: Array
-    """(36, tiles, O)"""
+    inputs: Array
+    """The workspace of ``tiles``, (36, tiles * C)."""
+    transformed: _Transformed
+    products: _Transformed
     outputs: Array
     """(16, tiles * O)"""
-    unpooled: TileBlock | None
-    """With pooling: where ``outputs`` is kept."""
-    maxima: TileBlock
-    """With pooling of the maxima, else of ``outputs``, before bias and ReLU."""
-    taps: list[Array]
-    """With pooling: the window positions of ``outputs``."""
-    pooled: Array
-    """With pooling: (2, 2, tiles, O), where the maxima are written."""
+    pooling: _Pooling | None
+    finished: Array
+    """1-D: the outputs or their maxima, to which bias and ReLU are applied."""
     result: TileBlock
-    """Where what comes out goes."""
+    """Where ``finished`` belongs."""
+
+
+class _Pooling(NamedTuple):
+    unpooled: TileBlock
+    """Where the outputs are kept."""
+    taps: list[Array]
+    """The window positions of the outputs."""
+    pooled: Array
+    """(2, 2, tiles * O), their maxima."""
+    maxima: TileBlock
+    """Where those are kept."""
 
 
 class WinogradForward:
-    """Transform, products, transform back, pooling, bias and ReLU while the block is in cache.
+    """Transform, products, transform back, pooling, bias and ReLU while the block is in cache."""
 
-    Attributes:
-        output, unpooled, maxima: as those of ``ForwardPass``.
-    """
-
-    def __init__(self, node: Node, layer: Conv2d, memory: Memory, unpooled: Array) -> None:
-        self.output = memory.value(node.output)
-        self.unpooled = unpooled
-        self.maxima = memory.keep(node.output.shape) if node.pool else self.output
+    def __init__(self, node: Node, layer: Conv2d, memory: Memory, kept: Activations) -> None:
         self._weights, *self._bias = memory.parameters(node)
-        self._relu, self._pool = node.relu, node.pool is not None
+        self._relu = node.relu
         _, _, channels, outputs = self._weights.shape
         tiles = tiles_in((node.raw_shape[0], node.raw_shape[1]))
         self._space = space = _Workspace(memory, tiles, (channels, outputs))
         self._transforms = Transforms(memory.dtype)
         count = TILE * TILE * space.most * outputs
         self._tile, self._zeros = memory.scratch("tile", count), memory.zeros(count)
-        second = memory.scratch("masked", count)
-        bordered = memory.value(node.inputs[0], layer.border())
-        gathers = plan_tiles(bordered, REACH, tiles, space.tiles)
-        size = TILE // 2 if self._pool else TILE
-        # Tiles of the input are used up when what comes out is written in their place.
-        source = second if self._pool else space.tiles
-        raw = plan_tiles(unpooled, TILE, tiles, space.tiles) if self._pool else [None] * len(gathers)
-        maxima = plan_tiles(self.maxima, size, tiles, source, step=size)
-        results = plan_tiles(self.output, size, tiles, source, step=size)
-        self._steps = [
-            self._step(*blocks) for blocks in zip(gathers, raw, maxima, results, strict=True)
-        ]
+        gathers = plan_tiles(
+            memory.value(node.inputs[0], layer.border()), REACH, tiles, space.tiles
+        )
+        # The input's tiles are used up when those of the output are written in their place.
+        self._steps = []
+        if node.pool is None:
+            results = plan_tiles(kept.output, TILE, tiles, space.tiles)
+            for block, result in zip(gathers, results, strict=True):
+                self._steps.append(self._step(block, None, result))
+            return
+        size, pooled = TILE // 2, memory.scratch("masked", count)
+        unpooled = plan_tiles(kept.unpooled, TILE, tiles, space.tiles)
+        maxima = plan_tiles(kept.maxima, size, tiles, pooled)
+        results = plan_tiles(kept.output, size, tiles, pooled)
+        for block, raw, most, result in zip(gathers, unpooled, maxima, results, strict=True):
+            positions = raw.scratch.reshape(TILE, TILE, -1)
+            taps = [positions[i::size, j::size] for i in range(size) for j in range(size)]
+            pooling = _Pooling(raw, taps, most.scratch.reshape(size, size, -1), most)
+            self._steps.append(self._step(block, pooling, result))
 
-    def _step(
-        self, tiles: TileBlock, raw: TileBlock | None, maxima: TileBlock, result: TileBlock
-    ) -> _ForwardStep:
+    def _step(self, tiles: TileBlock, pooling: _Pooling | None, result: TileBlock) -> _ForwardStep:
         count, channels = tiles.scratch.shape[1:]
-        outputs = self._weights.shape[3]
-        space = self._space
-        transformed = space.transformed[: PLACES * count * channels]
-        products = space.products[: PLACES * count * outputs]
-        out = space.tiles[: TILE * TILE * count * outputs]
-        positions = out.reshape(TILE, TILE, -1)
-        taps = [positions[i::2, j::2] for i in range(2) for j in range(2)]
+        outputs = result.scratch.shape[2]
         return _ForwardStep(
             tiles,
-            transformed.reshape(PLACES, count, channels),
-            products.reshape(PLACES, count, outputs),
-            out.reshape(TILE * TILE, -1),
-            raw,
-            maxima,
-            taps if raw is not None else [],
-            maxima.scratch.reshape(TILE // 2, TILE // 2, -1) if raw is not None else maxima.scratch,
+            _flat(tiles),
+            self._space.transformed(0, count, channels),
+            self._space.transformed(1, count, outputs),
+            _flat(result if pooling is None else pooling.unpooled),
+            pooling,
+            result.scratch.reshape(-1),
             result,
         )
 
     def run(self) -> None:
         transforms, weights = self._transforms, self._space.weights
-        flat = weights.reshape(PLACES, -1)
-        np.matmul(transforms.weights, self._weights.reshape(9, -1), out=flat)
+        flat = self._weights.reshape(9, -1)
+        np.matmul(transforms.weights, flat, out=self._space.flat_weights)
         if self._bias:
             np.copyto(self._tile.reshape(-1, self._bias[0].size), self._bias[0])
-        for step in self._steps:
-            step.tiles.gather()
-            inputs = step.tiles.scratch.reshape(PLACES, -1)
-            np.matmul(transforms.inputs, inputs, out=step.transformed.reshape(PLACES, -1))
-            np.matmul(step.transformed, weights, out=step.products)
-            np.matmul(transforms.outputs, step.products.reshape(PLACES, -1), out=step.outputs)
-            if step.unpooled is not None:
-                step.unpooled.scatter()
-                pool_maximum(step.taps, step.pooled)
-                step.maxima.scatter()
-            self._finish(step.result.scratch.reshape(-1))
-            step.result.scatter()
-
-    def _finish(self, flat: Array) -> None:
-        """Add the bias and rectify, in place."""
-        if self._bias:
-            np.add(flat, self._tile[: flat.size], out=flat)
-        if self._relu:
-            np.maximum(flat, self._zeros[: flat.size], out=flat)
+        for tiles, inputs, transformed, products, outputs, pooling, finished, result in self._steps:
+            tiles.gather()
+            np.matmul(transforms.inputs, inputs, out=transformed.flat)
+            np.matmul(transformed.shaped, weights, out=products.shaped)
+            np.matmul(transforms.outputs, products.flat, out=outputs)
+            if pooling is not None:
+                pooling.unpooled.scatter()
+                pool_maximum(pooling.taps, pooling.pooled)
+                pooling.maxima.scatter()
+            if self._bias:
+                np.add(finished, self._tile[: finished.size], out=finished)
+            if self._relu:
+                np.maximum(finished, self._zeros[: finished.size], out=finished)
+            result.scatter()
 
 
 class _WeightsStep(NamedTuple):
     tiles: TileBlock
-    transformed: Array
-    """(36, tiles, C)"""
+    inputs: Array
+    """The workspace of ``tiles``, (36, tiles * C)."""
+    left: _Transformed
     gradients: TileBlock
-    products: Array
-    """(36, tiles, O): transformed gradients of the output."""
+    rows: Array
+    """The workspace of ``gradients``, (16, tiles * O)."""
+    right: _Transformed
 
 
 class WinogradWeights:
@@ -162,13 +183,10 @@ class WinogradWeights:
         self._out, *self._bias = memory.parameter_gradients(node)
         _, _, channels, outputs = self._out.shape
         tiles = tiles_in((node.raw_shape[0], node.raw_shape[1]))
-        space = _Workspace(memory, tiles, (channels, outputs))
+        self._space = space = _Workspace(memory, tiles, (channels, outputs))
         self._transforms = Transforms(memory.dtype)
-        self._spread = np.ascontiguousarray(self._transforms.outputs.T)
-        self._gathered = np.ascontiguousarray(self._transforms.weights.T)
-        self._sum = space.weights
-        part = memory.scratch("part of transformed weights", self._sum.size)
-        self._part = part.reshape(self._sum.shape)
+        part = memory.scratch("part of transformed weights", space.weights.size)
+        self._part = part.reshape(space.weights.shape)
         self._bias_part = np.empty(outputs, memory.dtype)
         self._ones = memory.ones(TILE * TILE * space.most)
         bordered = memory.value(node.inputs[0], layer.border())
@@ -178,39 +196,43 @@ class WinogradWeights:
         self._steps = []
         for x, dz in zip(gathers, gradients, strict=True):
             count = x.scratch.shape[1]
-            left = space.transformed[: PLACES * count * channels].reshape(PLACES, count, channels)
-            right = space.products[: PLACES * count * outputs].reshape(PLACES, count, outputs)
-            self._steps.append(_WeightsStep(x, left, dz, right))
+            left, right = (
+                space.transformed(0, count, channels),
+                space.transformed(1, count, outputs),
+            )
+            self._steps.append(_WeightsStep(x, _flat(x), left, dz, _flat(dz), right))
 
     def run(self) -> None:
-        transforms, total, first = self._transforms, self._sum, True
-        for tiles, transformed, gradients, products in self._steps:
+        transforms, total, first = self._transforms, self._space.weights, True
+        for tiles, inputs, left, gradients, rows, right in self._steps:
             tiles.gather()
-            inputs = tiles.scratch.reshape(PLACES, -1)
-            np.matmul(transforms.inputs, inputs, out=transformed.reshape(PLACES, -1))
+            np.matmul(transforms.inputs, inputs, out=left.flat)
             gradients.gather()
-            rows = gradients.scratch.reshape(TILE * TILE, -1)
-            np.matmul(self._spread, rows, out=products.reshape(PLACES, -1))
+            np.matmul(transforms.outputs.T, rows, out=right.flat)
             out = total if first else self._part
-            np.matmul(transformed.transpose(0, 2, 1), products, out=out)
+            np.matmul(left.shaped.transpose(0, 2, 1), right.shaped, out=out)
             if not first:
                 np.add(total, self._part, out=total)
             for bias in self._bias:
-                sums = bias if first else self._bias_part
-                column_sums(rows.reshape(-1, bias.size), self._ones, sums)
-                if not first:
-                    np.add(bias, self._bias_part, out=bias)
+                self._add_bias(bias, rows.reshape(-1, bias.size), first)
             first = False
         out = self._out.reshape(9, -1)
-        np.matmul(self._gathered, total.reshape(PLACES, -1), out=out)
+        np.matmul(transforms.weights.T, self._space.flat_weights, out=out)
+
+    def _add_bias(self, bias: Array, rows: Array, first: bool) -> None:
+        column_sums(rows, self._ones, bias if first else self._bias_part)
+        if not first:
+            np.add(bias, self._bias_part, out=bias)
 
 
 class _InputStep(NamedTuple):
     tiles: TileBlock
-    transformed: Array
-    """(36, tiles, O)"""
-    products: Array
-    """(36, tiles, C)"""
+    inputs: Array
+    """The workspace of ``tiles``, (36, tiles * O)."""
+    transformed: _Transformed
+    products: _Transformed
+    outputs: Array
+    """The workspace of ``result``, (16, tiles * C)."""
     result: TileBlock
 
 
@@ -229,20 +251,19 @@ class WinogradInput:
         self._steps = []
         for dz, result in zip(gathers, results, strict=True):
             count = dz.scratch.shape[1]
-            left = space.transformed[: PLACES * count * outputs].reshape(PLACES, count, outputs)
-            right = space.products[: PLACES * count * channels].reshape(PLACES, count, channels)
-            self._steps.append(_InputStep(dz, left, right, result))
+            left, right = (
+                space.transformed(0, count, outputs),
+                space.transformed(1, count, channels),
+            )
+            self._steps.append(_InputStep(dz, _flat(dz), left, right, _flat(result), result))
 
     def run(self) -> None:
-        transforms, weights = self._transforms, self._space.weights
-        flat = weights.reshape(PLACES, -1)
-        np.matmul(transforms.turned, self._weights.reshape(9, -1), out=flat)
-        swapped = weights.transpose(0, 2, 1)
-        for tiles, transformed, products, result in self._steps:
+        transforms, flat = self._transforms, self._weights.reshape(9, -1)
+        np.matmul(transforms.turned, flat, out=self._space.flat_weights)
+        swapped = self._space.weights.transpose(0, 2, 1)
+        for tiles, inputs, transformed, products, outputs, result in self._steps:
             tiles.gather()
-            inputs = tiles.scratch.reshape(PLACES, -1)
-            np.matmul(transforms.inputs, inputs, out=transformed.reshape(PLACES, -1))
-            np.matmul(transformed, swapped, out=products)
-            out = result.scratch.reshape(TILE * TILE, -1)
-            np.matmul(transforms.outputs, products.reshape(PLACES, -1), out=out)
+            np.matmul(transforms.inputs, inputs, out=transformed.flat)
+            np.matmul(transformed.shaped, swapped, out=products.shaped)
+            np.matmul(transforms.outputs, products.flat, out=outputs)
             result.scatter()
