@@ -26,6 +26,7 @@ from dynacomm_async.cli.main import run_child
 from dynacomm_async.cli.output import emit
 from dynacomm_async.cli.tracing import label_recorders
 from dynacomm_async.cli.workload import Workload, load_workload
+from dynacomm_async.nn import KERNELS
 from dynacomm_async.observe import explain_layers, explain_link, explain_plan, explain_steps
 from dynacomm_async.schedule import (
     Costs,
@@ -114,6 +115,7 @@ def _work(specification: Mapping[str, Any]) -> int:
                     address,
                     specs,
                     run=f"compare-{strategy}",
+                    kernels=KERNELS,
                     plans=partial(_make_plans, strategy),
                     estimator=estimator,
                     io=io,
@@ -176,7 +178,13 @@ def _make_plans(strategy: str, grid: Grid, estimator: Estimator) -> FixedPlan:
 
 def _runner(strategy: str, session: Session, workload: Workload, slowdown: float) -> _Runner:
     batch = session.settings["batch"]
-    engine = bind_engine(session, workload.network, batch, smoothing=workload.smoothing)
+    engine = bind_engine(
+        session,
+        workload.network,
+        batch,
+        smoothing=workload.smoothing,
+        threads=workload.threads,
+    )
     slot = session.welcome.slot
     batches = partial(workload.batch, slot)
     steps = train(session, engine, batches, slowdown=slowdown, seed=workload.seed)

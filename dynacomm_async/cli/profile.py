@@ -55,7 +55,7 @@ def command(args: argparse.Namespace) -> int:
     found = compare(
         measured, _STRATEGIES, Fleet((settings_from(args),), (1.0,)), costs_file=args.output
     )
-    use = build(args.model).bind(args.batch).memory
+    use = build(args.model).bind(args.batch, threads=args.threads).memory
     costs = {**found.costs, "memory": _describe(use)}  # a note: readers of costs pass over it
     args.output.write_text(to_json(costs, indent=1) + "\n")
     if args.json:

@@ -169,6 +169,7 @@ def _serve_options(args: argparse.Namespace, strategy: str, steps: int) -> list[
         f"--model={args.model}",
         f"--data={args.data}",
         f"--batch={args.batch}",
+        f"--threads={getattr(args, 'threads', 1)}",
         f"--seed={args.seed}",
         f"--workers={args.workers}",
         f"--steps={steps}",

@@ -15,6 +15,7 @@ from dynacomm_async.cli.place import fill_work, own_place
 from dynacomm_async.cli.signals import interruptible
 from dynacomm_async.cli.tracing import add_own_trace_argument, recorded
 from dynacomm_async.cli.workload import Workload, load_workload, number
+from dynacomm_async.nn import KERNELS
 from dynacomm_async.observe import describe_plan, explain_worker
 from dynacomm_async.recording import Recorder
 from dynacomm_async.wire.grid import LayerSpec
@@ -80,14 +81,25 @@ def join(args: argparse.Namespace, recorder: Recorder | None = None) -> None:
         return layer_specs(loaded[0].network)
 
     with Session(
-        args.server, layers, run=args.run, retry_s=args.retry, recorder=recorder
+        args.server,
+        layers,
+        run=args.run,
+        kernels=KERNELS,
+        retry_s=args.retry,
+        recorder=recorder,
     ) as session:
         (workload,) = loaded
         welcome = session.welcome
         if not args.events:
             say(f"run {welcome.run}: joined as rank {welcome.slot} (of {welcome.workers})")
         batch = session.settings["batch"]
-        engine = bind_engine(session, workload.network, batch, smoothing=workload.smoothing)
+        engine = bind_engine(
+            session,
+            workload.network,
+            batch,
+            smoothing=workload.smoothing,
+            threads=workload.threads,
+        )
         progress = Progress("step", welcome.steps, log=not args.events)
         news = _News(session, args.events)
         try:

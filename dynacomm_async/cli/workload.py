@@ -47,6 +47,7 @@ class Workload:
         batches: how the training data are dealt out.
         seed: of weights, batches, augmentation and dropout.
         smoothing: of the labels in training.
+        threads: that compute in each worker.
     """
 
     network: Network
@@ -55,6 +56,7 @@ class Workload:
     batches: Batches
     seed: int
     smoothing: float
+    threads: int
     _augmentation: Augmentation
 
     def batch(self, slot: int, step: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -158,6 +160,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="of weights, batches, augmentation and dropout (default: %(default)s)",
     )
+    group.add_argument(
+        "--threads",
+        type=positive,
+        default=1,
+        metavar="T",
+        help="in each worker, up to so many compute parts of a batch side by side, where the model "
+        "is large enough; sending and receiving take a part of a core, too (default: %(default)s)",
+    )
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, *, steps: int = 200) -> None:
@@ -226,6 +236,7 @@ def settings_of(args: argparse.Namespace, strategy: str) -> dict[str, Any]:
         "augment": augment,
         "label_smoothing": getattr(args, "label_smoothing", 0.0),
         "batch": args.batch,
+        "threads": getattr(args, "threads", 1),
         "seed": args.seed,
         "workers": args.workers,
         "strategy": strategy,
@@ -266,8 +277,9 @@ def load_workload(settings: Mapping[str, Any], data_dir: Path | None = None) -> 
         seed=seed,
     )
     batches = Batches(len(train), workers=workers, batch=batch, seed=seed)
-    smoothing = settings.get("label_smoothing", 0.0)
-    return Workload(network, train, test, batches, seed, smoothing, parse_augmentation(augment))
+    smoothing, threads = settings.get("label_smoothing", 0.0), settings.get("threads", 1)
+    how = parse_augmentation(augment)
+    return Workload(network, train, test, batches, seed, smoothing, threads, how)
 
 
 def steps_of(args: argparse.Namespace, workload: Workload) -> int:

@@ -10,6 +10,7 @@ from dynacomm_async.nn.engine import MOMENTUM, Engine
 from dynacomm_async.nn.graph import Definition
 from dynacomm_async.nn.hooks import Hooks
 from dynacomm_async.nn.interchange import from_tensors, to_tensors
+from dynacomm_async.nn.kernels import KERNELS
 from dynacomm_async.nn.layers import (
     Add,
     AvgPool,
@@ -32,6 +33,7 @@ from dynacomm_async.nn.memory import MemoryUse
 from dynacomm_async.nn.network import LayerInfo, Network
 
 __all__ = [
+    "KERNELS",
     "MOMENTUM",
     "Add",
     "AvgPool",

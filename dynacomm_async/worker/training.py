@@ -84,9 +84,9 @@ def layer_specs(network: Network) -> tuple[LayerSpec, ...]:
 
 
 def bind_engine(
-    session: Session, network: Network, batch: int, *, smoothing: float = 0.0
+    session: Session, network: Network, batch: int, *, smoothing: float = 0.0, threads: int = 1
 ) -> Engine:
-    """Return an engine that computes in the session's arenas, with so much label smoothing."""
+    """Return an engine that computes in the session's arenas; see :meth:`Network.bind`."""
     return network.bind(
         batch,
         parameters=session.parameters,
@@ -94,6 +94,7 @@ def bind_engine(
         statistics=session.statistics,
         batch_statistics=session.batch_statistics,
         smoothing=smoothing,
+        threads=threads,
     )
 
 

@@ -56,6 +56,18 @@ def test_seed_and_augmentation_decide_the_result_and_nothing_else(start, quick):
     assert len(hashes) == 3
 
 
+def test_threads_in_workers_give_the_same_bits_under_every_strategy(start):
+    options = ("train", "--model", "resnet20", "--data", "synthetic:64:8", "--batch", "8")
+    options = (*options, "--steps", "2", "--json")
+    changes = (("--threads", "2"), ("--threads", "2", "--strategy", "bucket"), ())
+    programs = [start(*options, *change) for change in changes]
+    first, again, alone = (program.finish().json for program in programs)
+    assert first == again
+    # Sums of shards are rounded differently: so it is known that there were some.
+    assert alone["parameters_sha256"] != first["parameters_sha256"]
+    assert alone["loss"] == pytest.approx(first["loss"], rel=1e-3)
+
+
 def test_a_worker_that_fails_is_quoted_and_ends_the_run(run, quick, user_model):
     # The network is made in the parent, in the server and in both workers; only these fail.
     (user_model / "picky.py").write_text(

@@ -18,6 +18,7 @@ WRONG = {
     ("--workers", "0"): "whole number from 1",
     ("--workers", "two"): "whole number from 1",
     ("--batch", "0"): "whole number from 1",
+    ("--threads", "0"): "whole number from 1",
     ("--seed", "-1"): "whole number from 0",
     ("--seed", "x"): "whole number from 0",
     ("--augment", "flop"): "expected none, or shift:PIXELS",

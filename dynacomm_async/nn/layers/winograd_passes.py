@@ -216,8 +216,8 @@ class WinogradWeights:
             for bias in self._bias:
                 self._add_bias(bias, rows.reshape(-1, bias.size), first)
             first = False
-        out = self._out.reshape(9, -1)
-        np.matmul(transforms.weights.T, self._space.flat_weights, out=out)
+        target = self._out.reshape(9, -1)
+        np.matmul(transforms.weights.T, self._space.flat_weights, out=target)
 
     def _add_bias(self, bias: Array, rows: Array, first: bool) -> None:
         column_sums(rows, self._ones, bias if first else self._bias_part)
