@@ -31,6 +31,7 @@ from dynacomm_async.nn.kernels.pooling import (
     unpool_maximum,
     window_taps,
 )
+from dynacomm_async.nn.kernels.version import KERNELS
 from dynacomm_async.nn.kernels.winograd import (
     PLACES,
     REACH,
@@ -76,9 +77,3 @@ __all__ = [
     "unpool_maximum",
     "window_taps",
 ]
-
-KERNELS = "numpy engine 2"
-"""Names what results follow from, to the last bit: which kernel a layer uses, the sizes of blocks
-and tiles, how a batch is cut into shards. All of it follows from shapes and the number of threads,
-by rules of this version; a change of a rule changes the number. All workers of a run must agree.
-"""
