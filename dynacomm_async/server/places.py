@@ -11,6 +11,10 @@ from dynacomm_async.wire.messages import Membership
 
 __all__ = ["Place", "Places"]
 
+_RETURN_S = 3.0
+"""How long after a server's restart its members' places are kept from newcomers: a worker looks
+for its server every 2 s at least."""
+
 
 @dataclass(slots=True, eq=False)
 class Place:
@@ -30,6 +34,7 @@ class Place:
     member: Member | None = None
     peer: str = "not seen since the server's restart"
     _away: asyncio.TimerHandle | None = field(default=None, repr=False)
+    _away_since: float = field(default=0.0, repr=False)
 
     @property
     def seen(self) -> bool:
@@ -38,9 +43,16 @@ class Place:
 
     def wait(self, limit_s: float, give_up: Callable[[], None]) -> None:
         """The member is away: call ``give_up`` unless it is back within the limit."""
+        loop = asyncio.get_running_loop()
         self.member = None
         self.stop_waiting()
-        self._away = asyncio.get_running_loop().call_later(limit_s, give_up)
+        self._away = loop.call_later(limit_s, give_up)
+        self._away_since = loop.time()
+
+    @property
+    def away_s(self) -> float:
+        """For how long its member has been away."""
+        return asyncio.get_running_loop().time() - self._away_since
 
     def stop_waiting(self) -> None:
         """Nobody is waited for any more. Idempotent."""
@@ -77,6 +89,22 @@ class Places:
     def free(self) -> list[int]:
         """Ranks that nobody has, ascending."""
         return [slot for slot in range(self._n_slots) if slot not in self._taken]
+
+    @property
+    def away(self) -> list[int]:
+        """Ranks whose members are away, those first that have been for longest."""
+        places = [place for place in self if place.member is None]
+        return [place.slot for place in sorted(places, key=lambda place: -place.away_s)]
+
+    @property
+    def vacant(self) -> list[int]:
+        """Those of them that a newcomer may have: after a server's restart its members come first,
+        which have never really been away."""
+        return [
+            slot
+            for slot in self.away
+            if self._taken[slot].seen or self._taken[slot].away_s >= _RETURN_S
+        ]
 
     def of(self, member: Member) -> Place | None:
         """Return the place that this connection holds now."""

@@ -339,10 +339,14 @@ class ParameterServer:
         if claimed is not None and claimed.slot in free:
             free = [claimed.slot]  # its own: training has begun anew, or not yet
         if self._training_began:
-            away = [place.slot for place in self._places if place.member is None]
-            free = [] if self._applied or self._complete else away
+            free = [] if self._applied or self._complete else self._places.vacant
             if free and self._rounds is not None:
                 self._rounds.withdraw(free[0])  # the newcomer computes the step anew
+        if not free and self._places.away and not self._places.vacant:
+            raise Refusal(
+                "place-kept",
+                "the server was restarted, and its workers may be on their way back; try again",
+            )
         if not free:
             raise Refusal(
                 "run-full",

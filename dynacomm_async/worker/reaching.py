@@ -29,8 +29,11 @@ _LEAST_ATTEMPT_S = 1.0
 
 _PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
 
-_TOO_SLOW = {"hello-timeout", "server-draining"}
-"""Refusals that say nothing against another attempt."""
+_NOT_YET = {"place-kept"}
+"""Refusals that ask for another attempt."""
+
+_TOO_SLOW = {"hello-timeout", "server-draining", *_NOT_YET}
+"""Refusals that say nothing against another attempt of a member."""
 
 
 class Reacher:
@@ -86,7 +89,7 @@ class Reacher:
             except ChannelBroken as error:
                 failure = error
             except PeerError as error:
-                if first or error.code not in _TOO_SLOW:
+                if error.code not in (_NOT_YET if first else _TOO_SLOW):
                     raise
                 failure = error
             if loop.time() + pause > deadline:

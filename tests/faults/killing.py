@@ -89,6 +89,11 @@ class ServerLives:
         }
         np.savez(folder / "initial.npz", parameters=toy.initial, statistics=toy.initial_statistics)
 
+    @property
+    def address(self) -> Address:
+        """Where it listens."""
+        return Address("127.0.0.1", self.port)
+
     async def live(self, where: str = OUTSIDE, count: int = 0, moment_s: float | None = None):
         """Start, and be killed at a failpoint, or ``moment_s`` after ``count`` steps, or not."""
         self._process = process = await asyncio.create_subprocess_exec(
@@ -148,44 +153,57 @@ class ServerLives:
     async def work(self, toy, n_workers: int, **options):
         """Be so many workers that live on, in threads; return what they end with."""
         await self.listening.wait()
-        address = Address("127.0.0.1", self.port)
-        ends = [asyncio.to_thread(toy.work, address, **options) for _ in range(n_workers)]
+        ends = [asyncio.to_thread(toy.work, self.address, **options) for _ in range(n_workers)]
         return await asyncio.gather(*ends)
 
 
 class WorkerLife:
     """One worker of the toy model in a process of its own, as an async context manager.
 
+    Args:
+        address: the server's.
+        hits: counts failpoints.
+        where, count: the failpoint that it dies at.
+        inside: the beginning of a command that runs the rest of it elsewhere.
+        told: see working.py.
+
     Attributes:
         process: it.
     """
 
-    def __init__(self, port: int, hits: Hits, where: str = OUTSIDE, count: int = 0) -> None:
-        self._port = port
+    def __init__(self, address, hits, where=OUTSIDE, count=0, *, inside=(), **told) -> None:
+        self._command = [*inside, sys.executable, str(HERE / "working.py"), str(address)]
+        self._command.append(json.dumps(told))
         self._environment = hits.environment(where, count)
         self.process: asyncio.subprocess.Process
 
     async def __aenter__(self) -> WorkerLife:
         self.process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            str(HERE / "working.py"),
-            str(self._port),
-            stdin=asyncio.subprocess.PIPE,
+            *self._command,
             stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
             env=self._environment,
         )
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        await _reap(self.process)
-        self.process.stdin.close()
+        with suppress(ProcessLookupError):
+            self.process.kill()
+        await self.process.communicate()
 
-    async def said(self) -> str:
-        """Return its next line; empty when it has ended."""
-        return (await self.process.stdout.readline()).decode().strip()
+    async def said(self, awaited: str | None = None) -> str:
+        """Return its next line, or pass over lines up to one; empty when it has ended."""
+        while line := (await self.process.stdout.readline()).decode():
+            if awaited in (None, line.strip()):
+                return line.strip()
+        return ""
 
     async def ended(self) -> int:
         """Read what it says to the end, and return its exit code."""
         while await self.said():
             pass
         return await self.process.wait()
+
+    async def complaint(self) -> str:
+        """Return what it has said on standard error, once it has ended."""
+        return (await self.process.stderr.read()).decode()

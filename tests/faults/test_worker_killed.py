@@ -34,11 +34,12 @@ async def die(lives, faults, hits, where, count):
     """Be the third worker until it is dead."""
     code = FULL
     while code == FULL:
-        async with faults.WorkerLife(lives.port, hits, where, count) as life:
+        async with faults.WorkerLife(lives.address, hits, where, count) as life:
             if await life.said() and where in NEEDS_A_LOSS:
                 lives.kill()
             code = await life.ended()
-    assert code == -signal.SIGKILL, f"a worker that was to die at {where} ended with {code}"
+            why = await life.complaint()
+    assert code == -signal.SIGKILL, f"a worker that was to die at {where} ended with {code}: {why}"
 
 
 async def train_through(toy, lives, faults, hits, deaths):
@@ -53,7 +54,7 @@ async def train_through(toy, lives, faults, hits, deaths):
             killed[where] += 1
         code = FULL
         while code == FULL:
-            async with faults.WorkerLife(lives.port, hits) as life:
+            async with faults.WorkerLife(lives.address, hits) as life:
                 code = await life.ended()
         assert code == 0
         replicas = await work

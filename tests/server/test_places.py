@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 
 import pytest
@@ -49,3 +50,25 @@ def test_without_a_restart_no_other_membership_comes_back():
     for term in (1, 3):
         with pytest.raises(Refusal, match="has ended"):
             places.come_back(Membership(0, term, 1, 1), connection(0))
+
+
+async def test_members_from_before_a_restart_come_before_newcomers_for_a_while():
+    loop = asyncio.get_running_loop()
+    now = loop.time()
+    places = Places(3, term=1 << 20)
+    for slot in (0, 1):
+        places.hold(slot, term=3 + slot).wait(100, lambda: None)
+    lost = connection(2)
+    places.take(2, lost)
+    places.of(lost).wait(100, lambda: None)
+    try:
+        assert places.away == [0, 1, 2]
+        assert places.vacant == [2]
+        loop.time = lambda: now + 10.0
+        assert places.vacant == [0, 1, 2]
+        back = connection(1)
+        places.come_back(Membership(1, 4, 1, 1), back).member = back
+        assert places.vacant == [0, 2]
+    finally:
+        for slot in range(3):
+            places.release(slot)
