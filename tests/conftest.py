@@ -56,6 +56,8 @@ from dynacomm_async.wire.messages import (
 )
 from dynacomm_async.worker.session import Session
 
+pytest_plugins = ["dynacomm_async.testing.fixtures"]
+
 Floats = NDArray[np.float32]
 
 _PATIENCE_S = 2.0

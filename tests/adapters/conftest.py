@@ -12,9 +12,6 @@ import pytest
 
 from dynacomm_async.optim import SGD, Constant
 from dynacomm_async.server import Training
-from dynacomm_async.testing.fixtures import start_server
-
-__all__ = ["start_server"]
 
 RANDOM = threading.Lock()
 """Held by whoever draws random numbers: PyTorch's generator is one for all threads."""

@@ -7,10 +7,7 @@ import pytest
 
 from dynacomm_async.errors import ConfigError, PeerError
 from dynacomm_async.testing import RunningServer
-from dynacomm_async.testing.fixtures import start_server
 from dynacomm_async.worker import Session
-
-__all__ = ["start_server"]
 
 
 def work(session):

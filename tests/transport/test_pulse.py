@@ -7,16 +7,8 @@ import asyncio
 import pytest
 
 from dynacomm_async.errors import ChannelBroken, DynaCommError
+from dynacomm_async.testing import FakeClockLoop, pass_time
 from dynacomm_async.transport.pulse import Pulse
-
-
-class Clock(asyncio.SelectorEventLoop):
-    """A loop whose time is what the test says; timers that are due run in order."""
-
-    now = 0.0
-
-    def time(self) -> float:
-        return self.now
 
 
 class Line:
@@ -38,18 +30,7 @@ class Line:
 
 @pytest.fixture
 def loop_factory():
-    return Clock
-
-
-async def pass_time(seconds, each=None):
-    """Let time pass in steps of a twentieth of a second."""
-    loop = asyncio.get_running_loop()
-    for _ in range(round(20 * seconds)):
-        loop.now += 0.05
-        if each is not None:
-            each()
-        for _ in range(3):
-            await asyncio.sleep(0)
+    return FakeClockLoop
 
 
 async def test_an_idle_end_is_heard_three_times_within_the_limit(loop_factory):
@@ -100,7 +81,7 @@ async def test_the_time_in_which_this_process_stood_still_is_not_the_others_sile
     loop, line = asyncio.get_running_loop(), Line()
     pulse = Pulse(line, 6.0, lambda: None)
     await pass_time(1)
-    loop.now += 15
+    loop.now_s += 15
     await pass_time(1)
     assert line.error is None
     await pass_time(6)
