@@ -24,8 +24,9 @@ What to look for
     that has to be added to a training loop; scheduling happens behind them.
 
 What it leaves out
-    Evaluation while training, more than one epoch order, and failures: a lost worker ends the run.
-    Without scikit-learn, which brings the digits, it trains on synthetic blobs instead.
+    Evaluation while training, and checkpoints. Who starts which process is in ``_roles.py``, which
+    knows nothing of NumPy. Without scikit-learn, which brings the digits, it trains on synthetic
+    blobs instead.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import sys
-from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy: one core computes, one talks
 
 import numpy as np
+from _roles import play
 from numpy.typing import NDArray
 
 import dynacomm_async as dc
@@ -52,7 +53,6 @@ LAYERS = {f"dense{i}": (m + 1) * n for i, (m, n) in enumerate(pairwise(SIZES), s
 SHAPES = dict(zip(LAYERS, pairwise(SIZES), strict=True))
 """A layer's floats are an (m, n) weight matrix, then n biases."""
 
-WORKERS = 2
 BATCH = 32
 
 
@@ -215,117 +215,33 @@ class Signum:
         parameters -= rate * (np.sign(mean) + decay * parameters)
 
 
-def make_server(args: argparse.Namespace, listen: dc.Address) -> dc.ParameterServer:
-    """Return a server to enter with ``async with``."""
+def make_server(*, steps: int, **options: Any) -> dc.ParameterServer:
+    """Return a server to enter with ``async with``: ``result = await server.finished()``.
 
-    def on_step(record: dc.StepRecord) -> None:
-        if (record.index + 1) % 50 == 0:
-            print(f"step {record.index + 1}: loss {record.loss:.4f}", flush=True)
-
+    The other options are ``workers``, ``listen`` and the like; ``_roles.py`` passes them on.
+    """
     return dc.ParameterServer(
         LAYERS,
-        workers=args.workers,
-        steps=args.steps,
+        steps=steps,
         initial=initial_values(),
-        training=dc.Training(Signum(), dc.Cosine(0.003, args.steps, warmup=5)),
-        listen=listen,
-        insecure=args.insecure,
-        on_step=on_step,
+        training=dc.Training(Signum(), dc.Cosine(0.003, steps, warmup=5)),
+        **options,
     )
-
-
-async def serve(args: argparse.Namespace) -> None:
-    """Serve one run."""
-    host, _, port = args.address.rpartition(":")
-    async with make_server(args, dc.Address(host, int(port))) as server:
-        print(f"listening on {server.address}, waiting for {args.workers} workers", flush=True)
-        result = await server.finished()
-    print(f"server: parameters sha256 {result.parameters_sha256[:16]}")
-
-
-async def do_all(args: argparse.Namespace) -> None:
-    """Serve a run in this process, with the workers as processes of their own."""
-    async with make_server(args, dc.Address("127.0.0.1", 0)) as server:
-        command = [sys.executable, __file__, "--role", "worker", "--address", str(server.address)]
-        if args.blocking:
-            command.append("--blocking")
-        async with asyncio.TaskGroup() as group:
-            workers = [group.create_task(run_worker(command)) for _ in range(args.workers)]
-            result = await server.finished()
-    lines = sorted(worker.result() for worker in workers)
-    print("\n".join(lines))
-    print(f"server: parameters sha256 {result.parameters_sha256[:16]}")
-    check_same([*hashes(lines), result.parameters_sha256[:16]])
-
-
-class WorkerFailed(Exception):
-    """A worker process ended before the run did; its own message is above."""
-
-
-async def run_worker(command: list[str]) -> str:
-    """Run a worker process and return what it prints; cancelled, end it at once.
-
-    Raises:
-        WorkerFailed: it did not end well.
-    """
-    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
-    try:
-        output, _ = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    if process.returncode:
-        raise WorkerFailed(f"a worker ended with exit code {process.returncode}")
-    return output.decode().strip()
-
-
-def hashes(lines: list[str]) -> Iterator[str]:
-    """Yield the last word of each line."""
-    return (line.split()[-1] for line in lines)
-
-
-def check_same(found: list[str]) -> None:
-    """Say that all hashes are the same, or fail."""
-    if len(set(found)) > 1:
-        raise SystemExit("the parameters are NOT the same everywhere; please report this as a bug")
-    print("all hold the same parameters, bit for bit")
 
 
 def main() -> None:
     """Play one role, or all."""
     parser = argparse.ArgumentParser(
         description="Train plain NumPy code with a parameter server.",
-        epilog="example: python demos/embed_numpy.py --blocking --steps 200",
+        epilog="example: python demos/embed_numpy.py --blocking --steps 300",
     )
-    parser.add_argument("--role", choices=["all", "server", "worker"], default="all")
-    parser.add_argument(
-        "--address",
-        default="127.0.0.1:7070",
-        metavar="HOST:PORT",
-        help="where the server listens; for the roles server and worker (default: %(default)s)",
-    )
-    parser.add_argument("--workers", type=int, default=WORKERS, metavar="N", help="(default: 2)")
-    parser.add_argument("--steps", type=int, default=300, metavar="K", help="(default: 300)")
     parser.add_argument("--blocking", action="store_true", help="workers do not use async")
-    parser.add_argument(
-        "--insecure", action="store_true", help="let the server listen beyond this machine"
-    )
-    args = parser.parse_args()
-    if args.role == "server":
-        asyncio.run(serve(args))
-    elif args.role == "all":
-        asyncio.run(do_all(args))
-    elif args.blocking:
-        print(work_blocking(args.address))
-    else:
-        print(asyncio.run(work(args.address)))
+
+    def be_worker(args: argparse.Namespace) -> str:
+        return work_blocking(args.address) if args.blocking else asyncio.run(work(args.address))
+
+    play(parser, make_server, be_worker)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except* (dc.DynaCommError, WorkerFailed) as failed:
-        sys.exit(f"error: {failed.exceptions[0]}")
-    except* KeyboardInterrupt:
-        sys.exit(130)
+    main()

@@ -23,18 +23,18 @@ What to look for
     same running statistics, so that the test accuracy is the same too: about 0.98 on digits.
 
 What it leaves out
-    Other update rules (``dynacomm_async.Training``), gradient accumulation, frozen layers, float16:
-    see ``help(dynacomm_async.adapters.torch)``. Without PyTorch it says so and ends; without
+    Other update rules (``dynacomm_async.Training``), gradient accumulation, frozen layers, float16,
+    saving under way: see ``help(dynacomm_async.adapters.torch)``. Who starts which process is in
+    ``_roles.py``, which knows nothing of PyTorch. Without PyTorch it says so and ends; without
     scikit-learn, which brings the digits, it trains on synthetic blobs instead.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import sys
-from collections.abc import Iterator
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch: one core computes, one talks
 
@@ -48,10 +48,11 @@ except ImportError:
     print('PyTorch is not installed: pip install "dynacomm_async[torch]"; nothing to show without')
     sys.exit(0)
 
+from _roles import play
+
 import dynacomm_async as dc
 from dynacomm_async.adapters.torch import TorchSession
 
-WORKERS = 2
 BATCH = 32
 
 
@@ -124,115 +125,28 @@ def work(address: str) -> str:
 # -- the server ----------------------------------------------------------------------------------
 
 
-def make_server(args: argparse.Namespace, listen: dc.Address) -> dc.ParameterServer:
+def make_server(*, steps: int, **options: Any) -> dc.ParameterServer:
     """Return a server to enter with ``async with``; it needs no PyTorch, and no model.
 
     The worker of rank 0 brings the layers and the initial values.
     """
-
-    def on_step(record: dc.StepRecord) -> None:
-        if (record.index + 1) % 50 == 0:
-            print(f"step {record.index + 1}: loss {record.loss:.4f}", flush=True)
-
     return dc.ParameterServer(
         None,
-        workers=args.workers,
-        steps=args.steps,
-        training=dc.Training(dc.SGD(0.9), dc.Cosine(0.05, args.steps), weight_decay=1e-4),
-        listen=listen,
-        insecure=args.insecure,
-        on_step=on_step,
+        steps=steps,
+        training=dc.Training(dc.SGD(0.9), dc.Cosine(0.05, steps), weight_decay=1e-4),
+        **options,
     )
-
-
-async def serve(args: argparse.Namespace) -> None:
-    """Serve one run."""
-    host, _, port = args.address.rpartition(":")
-    async with make_server(args, dc.Address(host, int(port))) as server:
-        print(f"listening on {server.address}, waiting for {args.workers} workers", flush=True)
-        result = await server.finished()
-    print(f"server: parameters sha256 {result.parameters_sha256[:16]}")
-
-
-async def do_all(args: argparse.Namespace) -> None:
-    """Serve a run in this process, with the workers as processes of their own."""
-    async with make_server(args, dc.Address("127.0.0.1", 0)) as server:
-        command = [sys.executable, __file__, "--role", "worker", "--address", str(server.address)]
-        async with asyncio.TaskGroup() as group:
-            workers = [group.create_task(run_worker(command)) for _ in range(args.workers)]
-            result = await server.finished()
-    lines = sorted(worker.result() for worker in workers)
-    print("\n".join(lines))
-    print(f"server: parameters sha256 {result.parameters_sha256[:16]}")
-    check_same([*hashes(lines), result.parameters_sha256[:16]])
-
-
-class WorkerFailed(Exception):
-    """A worker process ended before the run did; its own message is above."""
-
-
-async def run_worker(command: list[str]) -> str:
-    """Run a worker process and return what it prints; cancelled, end it at once.
-
-    Raises:
-        WorkerFailed: it did not end well.
-    """
-    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
-    try:
-        output, _ = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    if process.returncode:
-        raise WorkerFailed(f"a worker ended with exit code {process.returncode}")
-    return output.decode().strip()
-
-
-def hashes(lines: list[str]) -> Iterator[str]:
-    """Yield the last word of each line."""
-    return (line.split()[-1] for line in lines)
-
-
-def check_same(found: list[str]) -> None:
-    """Say that all hashes are the same, or fail."""
-    if len(set(found)) > 1:
-        raise SystemExit("the parameters are NOT the same everywhere; please report this as a bug")
-    print("all hold the same parameters, bit for bit")
 
 
 def main() -> None:
     """Play one role, or all."""
+    torch.set_num_threads(1)
     parser = argparse.ArgumentParser(
         description="Train a PyTorch module with a parameter server.",
-        epilog="example: python demos/embed_pytorch.py --workers 3 --steps 200",
+        epilog="example: python demos/embed_pytorch.py --workers 3 --steps 300",
     )
-    parser.add_argument("--role", choices=["all", "server", "worker"], default="all")
-    parser.add_argument(
-        "--address",
-        default="127.0.0.1:7070",
-        metavar="HOST:PORT",
-        help="where the server listens; for the roles server and worker (default: %(default)s)",
-    )
-    parser.add_argument("--workers", type=int, default=WORKERS, metavar="N", help="(default: 2)")
-    parser.add_argument("--steps", type=int, default=150, metavar="K", help="(default: 150)")
-    parser.add_argument(
-        "--insecure", action="store_true", help="let the server listen beyond this machine"
-    )
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    if args.role == "server":
-        asyncio.run(serve(args))
-    elif args.role == "all":
-        asyncio.run(do_all(args))
-    else:
-        print(work(args.address))
+    play(parser, make_server, lambda args: work(args.address))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except* (dc.DynaCommError, WorkerFailed) as failed:
-        sys.exit(f"error: {failed.exceptions[0]}")
-    except* KeyboardInterrupt:
-        sys.exit(130)
+    main()

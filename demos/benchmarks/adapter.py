@@ -14,8 +14,13 @@ thread.
 *computing thread* is the processor time of the thread that computes: hooks and copies of gradients
 but no optimizer, since the server has it; so it may come out below plain PyTorch. It is also
 compared with plain PyTorch without its optimizer. *I/O thread* is the processor time of the thread
-that sends and receives, beside it. *clock* is the time from one step to the next, waits for the
-server included; a second core must be free for the I/O thread and the server.
+that sends and receives, beside it, and *server* that of the server's process. *clock* is the time
+from one step to the next, waits for the server included. On two cores PyTorch has one; I/O thread
+and server share the other, so it must be free.
+
+*hooks*, *waiting*, *copying* say where the adapter's time goes on the computing thread: in hooks
+and between steps; for parameters on their way; for copies of gradients and statistics. They are
+means over all steps, by ``session.times``.
 """
 
 from __future__ import annotations
@@ -50,6 +55,7 @@ def serve(steps: int, connection: Connection) -> None:
         async with dc.ParameterServer(None, workers=1, steps=steps, training=training) as server:
             connection.send(server.address)
             await server.finished()
+            connection.send(time.process_time())
 
     run(main())
 
@@ -118,6 +124,9 @@ def measure(address: dc.Address, batch: int, width: int) -> dict[str, float]:
     found = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
     for name in plain_rows[0]:
         found[f"plain_{name}"] = statistics.median(row[name] for row in plain_rows)
+    times = session.times
+    parts = {"hooks": times.hooks_ns, "waiting": times.waiting_ns, "copying": times.copying_ns}
+    found |= {f"{name}_s": part_ns / 1e9 / steps for name, part_ns in parts.items()}
     return {**found, "io_s": io_s / steps, "steps": steps}
 
 
@@ -144,6 +153,7 @@ def main() -> None:
     server.start()
     try:
         found = measure(ours.recv(), batch, width)
+        found["server_s"] = ours.recv() / steps
     finally:
         server.join(10)
         server.kill()
@@ -162,8 +172,12 @@ def main() -> None:
     )
     print_row("adapter, both threads", found["thread_s"] + found["io_s"], found["plain_thread_s"])
     print_row("  of which I/O thread", found["io_s"])
+    print_row("server's process", found["server_s"])
     print_row("plain PyTorch, clock", found["plain_clock_s"])
     print_row("adapter, clock", found["clock_s"], found["plain_clock_s"])
+    for part in ("hooks", "waiting", "copying"):
+        share = 100 * found[f"{part}_s"] / found["plain_clock_s"]
+        print(f"  {'  of which ' + part:34}{found[f'{part}_s']:9.4f}{share:+7.1f} %")
 
 
 def print_row(name: str, value: float, beside: float | None = None) -> None:
