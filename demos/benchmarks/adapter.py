@@ -53,9 +53,10 @@ def serve(steps: int, connection: Connection) -> None:
     async def main() -> None:
         training = dc.Training(dc.SGD(0.9), dc.Constant(0.01))
         async with dc.ParameterServer(None, workers=1, steps=steps, training=training) as server:
+            began_s = time.process_time()
             connection.send(server.address)
             await server.finished()
-            connection.send(time.process_time())
+            connection.send(time.process_time() - began_s)
 
     run(main())
 

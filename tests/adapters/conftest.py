@@ -152,7 +152,7 @@ def differences(found, expected):
     ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_run():
     return Run
 

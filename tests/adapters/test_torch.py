@@ -40,8 +40,8 @@ def images(step, rank, n=4, side=8):
     return x, torch.randint(0, 10, (n,), generator=generator)
 
 
-def image_loss(model, step, rank):
-    x, y = images(step, rank)
+def image_loss(model, step, rank, side=8):
+    x, y = images(step, rank, side=side)
     return F.cross_entropy(model(x), y)
 
 
@@ -110,6 +110,26 @@ def test_workers_end_with_the_bits_of_one_process_under_every_strategy(
 
     check_same(sessions, run.replay(2))
     assert None not in result.losses
+
+
+@pytest.fixture(scope="module")
+def full_resnet(make_run, zoo):
+    """ResNet-18 as it is, 11 million parameters, and what one process makes of it."""
+    make = seeded(lambda: zoo["resnet18"]())
+    run = make_run(make, lambda *args: image_loss(*args, side=32), images(0, 0, side=32)[0])
+    return run, run.replay(2)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("strategy", PLANNERS)
+def test_the_whole_resnet_18_ends_with_the_bits_of_one_process_under_every_strategy(
+    strategy, full_resnet, start_server, check_same
+):
+    run, expected = full_resnet
+    sessions, _ = run.train(start_server, strategy=strategy)
+
+    check_same(sessions, expected)
 
 
 def test_three_workers_without_a_sample_end_with_the_same_bits(resnet, start_server, check_same):

@@ -342,6 +342,28 @@ def test_a_penalty_on_a_parameter_that_no_module_reads_needs_a_wait(
     check_same(sessions, run.replay(2))
 
 
+# -- connections and accounts --------------------------------------------------------------------
+
+
+def test_a_connection_that_is_reset_changes_nothing(small, start_server, start_link, check_same):
+    fault = "reset:both@bytes=700,connection=0"
+    server = start_server(None, workers=1, steps=3, training=small.training)
+    link = start_link(server.address, fault)
+    session = small.work(link.address)
+
+    assert link.fired == {fault: 1}
+    check_same([session], small.replay(1))
+
+
+def test_hooks_say_what_they_took_apart_from_waits_and_copies(small, start_server):
+    sessions, _ = small.train(start_server)
+
+    for session in sessions:
+        assert min(session.times.hooks_ns, session.times.copying_ns) > 0
+        stalled_ns = sum(account.stalled_ns for account in session.session.metrics.steps)
+        assert session.times.waiting_ns >= stalled_ns > 0  # which is the session's own account
+
+
 # -- saving and copying --------------------------------------------------------------------------
 
 

@@ -79,8 +79,6 @@ def test_the_adapter_benchmark_measures_both_sides():
     assert 0 < found["plain_without_optimizer_s"] <= found["plain_thread_s"]
     assert min(found["thread_s"], found["io_s"], found["server_s"], found["clock_s"]) > 0
     assert min(found["hooks_s"], found["copying_s"]) > 0
-    parts = found["hooks_s"] + found["copying_s"] + found["waiting_s"]
-    assert parts < 12 * found["clock_s"]  # they are parts of the steps
 
 
 @pytest.mark.slow
