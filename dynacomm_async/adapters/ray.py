@@ -47,7 +47,7 @@ from dynacomm_async.adapters.ray_actors import (
 from dynacomm_async.errors import ChannelError, ConfigError, DynaCommError, PeerError
 from dynacomm_async.server import ParameterServer, RunResult, StepRecord
 
-__all__ = ["ActorLost", "ServerPlace", "train"]
+__all__ = ["ActorLost", "Placed", "ServerPlace", "train"]
 
 _THREADS = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 """The same on every node: how many threads compute a product can change its last bit."""
@@ -82,7 +82,7 @@ def train(
     server_options: Mapping[str, Any] | None = None,
     worker_options: Mapping[str, Any] | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
-    on_news: Callable[[str], None] | None = None,
+    on_news: Callable[[Placed | str], None] | None = None,
 ) -> RunResult:
     """Train on the Ray cluster that this process is connected to; blocks until the run has ended.
 
@@ -108,8 +108,8 @@ def train(
             ``{"num_cpus": 2, "resources": {"edge": 1}}``. By default each has one CPU, and workers
             are spread over the nodes.
         on_step: called in this process after each step; after a loss some steps come again.
-        on_news: called with a line of text when a process of the run has been placed, was lost,
-            or waits for a place.
+        on_news: called when a process of the run has been placed (:class:`Placed`), was lost, or
+            waits for a place; what it gets is, or makes (``str``), a line of text.
 
     Raises:
         ConfigError: arguments that cannot work.
@@ -137,7 +137,7 @@ def train(
         _with_threads({**common, **(server_options or {})}),
         _with_threads({**common, "scheduling_strategy": "SPREAD", **(worker_options or {})}),
         on_step or (lambda record: None),
-        on_news or (lambda text: None),
+        on_news or (lambda news: None),
     )
     try:
         return fleet.watch()
@@ -173,7 +173,7 @@ class _Fleet:
         server_options: Mapping[str, Any],
         worker_options: Mapping[str, Any],
         on_step: Callable[[StepRecord], None],
-        on_news: Callable[[str], None],
+        on_news: Callable[[Placed | str], None],
     ) -> None:
         self._on_step = on_step
         self._on_news = on_news
@@ -193,7 +193,30 @@ class _Fleet:
         self._news: Any = None  # the question under way
 
     def watch(self) -> RunResult:
-        """Pass news on until all have ended; return the server's result."""
+        """Pass news on until all have ended; return the server's result.
+
+        Raises:
+            Exception: what has failed; of several the one that explains the others.
+        """
+        try:
+            return self._watch()
+        except (PeerError, ChannelError) as error:
+            reason = self._find_reason() or error
+            raise reason from reason.__cause__
+
+    def _find_reason(self) -> BaseException | None:
+        """Return what a worker has raised itself: the others may be told of its loss before."""
+        ready, _ = ray.wait([*self._waiting], num_returns=len(self._waiting), timeout=_LAST_S)
+        for ref in ready:
+            try:
+                self._get(ref, self._waiting[ref])
+            except (PeerError, ChannelError):
+                continue
+            except Exception as error:
+                return error
+        return None
+
+    def _watch(self) -> RunResult:
         result: RunResult | None = None
         while self._waiting:
             self._ask_for_news()
@@ -260,12 +283,10 @@ class _Fleet:
     def _pass_on(self, news: News) -> None:
         if isinstance(news, StepRecord):
             self._on_step(news)
-        elif isinstance(news, Placed):
+            return
+        if isinstance(news, Placed):
             self._unplaced.discard(news.who)
-            again = " anew" if news.again else ""
-            self._on_news(f"{news.who} starts{again} on {news.node}")
-        else:
-            self._on_news(news)
+        self._on_news(news)
 
     def _tell_unplaced(self) -> None:
         now = time.monotonic()
@@ -275,7 +296,7 @@ class _Fleet:
             return
         self._told_at = now
         free, there = ray.available_resources(), ray.cluster_resources()
-        cpus = f"{free.get('CPU', 0):g} of {there.get('CPU', 0):g} CPUs are free"
+        cpus = f"{free.get('CPU', 0):g} of the cluster's {there.get('CPU', 0):g} CPUs are free"
         self._on_news(f"waiting for Ray to start {', '.join(sorted(self._unplaced))}: {cpus}")
 
     def _get(self, ref: Any, who: str) -> Any:

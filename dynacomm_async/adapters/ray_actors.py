@@ -80,25 +80,34 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A process of the run has begun somewhere.
+    """A process of the run has begun somewhere; as text, a line for people.
 
     Attributes:
-        who: ``"server"`` or, as an example, ``"worker actor 3"``.
-        node: the machine and the process, for people.
+        who: ``"server"`` or, as an example, ``"worker actor 3"``. Ranks are given out by the
+            server, in the order of joining: this number is none.
+        node_id: the node, as Ray names it.
+        host: the node's address.
+        pid: the process.
         again: whether an earlier life of it has ended.
     """
 
     who: str
-    node: str
+    node_id: str
+    host: str
+    pid: int
     again: bool
+
+    def __str__(self) -> str:
+        again = " anew" if self.again else ""
+        where = f"node {self.node_id[:8]} at {self.host}, process {self.pid}"
+        return f"{self.who} starts{again} on {where}"
 
     @classmethod
     def here(cls, who: str) -> Placed:
         """Return that the actor that calls this is ``who``."""
         context = ray.get_runtime_context()
-        place = f"{context.get_node_id()[:8]} at {ray.util.get_node_ip_address()}"
-        node = f"node {place}, process {os.getpid()}"
-        return cls(who, node, bool(context.was_current_actor_reconstructed))
+        again = bool(context.was_current_actor_reconstructed)
+        return cls(who, context.get_node_id(), ray.util.get_node_ip_address(), os.getpid(), again)
 
 
 News: TypeAlias = StepRecord | Placed | str
@@ -272,18 +281,18 @@ class ServerPlace:
         return Address(*self._ask("address"))
 
     def tell(self, news: News) -> None:
-        """Have the driver hear of something, unless there is no server now."""
-        with suppress(ChannelBroken):
-            self._ask("tell", news)
+        """Have the driver hear of something, once there is a server."""
+        self._actor.tell.remote(news)
 
     def make_room(self) -> None:
         """Have the server go back to its last step boundary, unless there is none now."""
         with suppress(ChannelBroken):
             self._ask("make_room")
 
-    def _ask(self, method: str, *arguments: object) -> Any:
+    def _ask(self, method: str) -> Any:
+        once = getattr(self._actor, method).options(max_task_retries=0)
         try:
-            return ray.get(getattr(self._actor, method).remote(*arguments), timeout=_ANSWER_S)
+            return ray.get(once.remote(), timeout=_ANSWER_S)
         except (GetTimeoutError, RayActorError) as error:
             raise ChannelBroken("Ray is starting the server's actor anew") from error
         except RayTaskError as error:

@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--address",
         metavar="ADDRESS",
-        help="the Ray cluster's (default: RAY_ADDRESS, else one that runs on this machine, else a "
-        "new one for this run)",
+        help="the Ray cluster's; local: a new one on this machine for this run (default: "
+        "RAY_ADDRESS, else the one that runs on this machine, else local)",
     )
     for who, what in (("server", "the server"), ("worker", "each worker")):
         group.add_argument(
@@ -93,12 +93,13 @@ def command(args: argparse.Namespace) -> int:
     """Train on Ray, and print the result."""
     _check(args)
     _, steps = check_run(args, args.strategy)
+    ray, adapter = _import()
     # Ray prints its own view of every loss among the results; the adapter's news tells it.
-    with interruptible(), Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
-        ray, adapter = _import()
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
         try:
-            _connect(ray, args)
-            with interruptible():  # Ray has put its own handler in the place of SIGTERM's
+            with interruptible():
+                _connect(ray, args)
+            with interruptible():  # again: Ray has put a handler of its own in SIGTERM's place
                 result = _train(adapter, args, steps)
         except ray.exceptions.RayError as error:
             raise DynaCommError(f"Ray: {_first_line(error)}") from error
@@ -149,14 +150,15 @@ def _connect(ray: Any, args: argparse.Namespace) -> None:
         ConfigError: there is none at the address.
     """
     options = {"log_to_driver": False, "logging_level": "error"}
-    try:
-        ray.init(address=args.address or "auto", **options)
-        return
-    except (ConnectionError, ValueError) as error:
-        address = args.address or os.environ.get("RAY_ADDRESS")
-        if address is not None:
-            text = f"no Ray cluster at {address!r}: {_first_line(error)}"
-            raise ConfigError(text) from error
+    address = args.address or os.environ.get("RAY_ADDRESS")
+    if address != "local":
+        try:
+            ray.init(address=address or "auto", **options)
+            return
+        except (ConnectionError, ValueError) as error:
+            if address is not None:
+                text = f"no Ray cluster at {address!r}: {_first_line(error)}"
+                raise ConfigError(text) from error
     cpus = args.server_resources.get("CPU", 0) + args.workers * args.worker_resources.get("CPU", 0)
     ray.init(
         address="local",
@@ -164,7 +166,7 @@ def _connect(ray: Any, args: argparse.Namespace) -> None:
         include_dashboard=False,
         **options,
     )
-    say("no Ray cluster was found: one is started on this machine for this run")
+    say("a Ray cluster has been started on this machine for this run")
 
 
 def _train(adapter: Any, args: argparse.Namespace, steps: int) -> RunResult:
@@ -186,7 +188,7 @@ def _train(adapter: Any, args: argparse.Namespace, steps: int) -> RunResult:
             server_options=ray_options(args.server_resources),
             worker_options=ray_options(args.worker_resources),
             on_step=on_step,
-            on_news=say,
+            on_news=lambda news: say(str(news)),
         )
     except Exception as error:
         if isinstance(error, (DynaCommError, OSError)):

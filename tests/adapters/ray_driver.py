@@ -109,7 +109,7 @@ def run(name, folder, at_half=go_on, make_server=None, **options):
             workers=WORKERS,
             checkpoint_dir=folder / name,
             insecure=True,
-            on_news=news.append,
+            on_news=lambda item: news.append(str(item)),
             on_step=lambda record: steps.append(record.index),
             **options,
         )

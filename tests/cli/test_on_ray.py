@@ -80,7 +80,7 @@ class Launched:
                 return found
 
     def finish(self):
-        outcome = self.program.finish()
+        outcome = self.program.finish(200)
         self.said.append(outcome.err)
         assert outcome.code == 0, "".join(self.said)
         return outcome
@@ -100,7 +100,8 @@ def launch(ray_cluster, start, tmp_path):
 
 
 @pytest.mark.peers
-@pytest.mark.slow
+@pytest.mark.soak
+@pytest.mark.timeout(300)
 def test_ctrl_c_saves_the_run_and_resuming_ends_with_the_same_bits(launch, run):
     steps = ("--steps", "600", "--json")
     launched = launch(*steps)
@@ -118,6 +119,7 @@ def test_ctrl_c_saves_the_run_and_resuming_ends_with_the_same_bits(launch, run):
 
 @pytest.mark.peers
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_killed_workers_and_nodes_do_not_change_a_bit(ray_cluster, launch, run):
     steps = ("--steps", "600", "--json")
     launched = launch(*steps, "--checkpoint-every", "50")

@@ -12,13 +12,13 @@ DEMOS = Path(__file__).parents[2] / "demos"
 EVERY = sorted([*DEMOS.glob("[!_]*.py"), *DEMOS.glob("benchmarks/[!_]*.py")])
 
 
-def run_demo(name: str, *options: str) -> str:
+def run_demo(name: str, *options: str, timeout_s: float = 100) -> str:
     """Run a demo to its end as a user would, and return what it prints."""
     done = subprocess.run(
         [sys.executable, "-W", "error", str(DEMOS / name), *options],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=timeout_s,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -96,7 +96,8 @@ def test_another_framework_trains_and_all_hold_the_same_parameters(name, module)
 
 
 @pytest.mark.parametrize(
-    ("name", "module"), [("embed_pytorch.py", "torch"), ("embed_jax.py", "jax")]
+    ("name", "module"),
+    [("embed_pytorch.py", "torch"), ("embed_jax.py", "jax"), ("ray_cluster.py", "ray")],
 )
 def test_without_its_framework_a_demo_says_so_and_ends_well(name, module, tmp_path):
     (tmp_path / f"{module}.py").write_text("raise ImportError('not here')")
@@ -170,6 +171,20 @@ def test_the_commands_for_real_machines_are_printed():
 
     assert "--listen 192.0.2.1:7070 --insecure" in out
     assert "on each of 3 others:\n  dynacomm work --server 192.0.2.1:7070\n" in out
+
+
+@pytest.mark.peers
+@pytest.mark.soak
+@pytest.mark.timeout(300)
+def test_a_ray_cluster_loses_a_worker_and_a_node_and_no_bit():
+    pytest.importorskip("ray", reason="Ray is not installed")
+    out = run_demo("ray_cluster.py", "--steps=120", timeout_s=280)
+
+    assert " kill -9 of process " in out
+    assert " is lost, with server" in out
+    assert out.count(" starts anew on node ") >= 2
+    assert len(hashes(out)) == 2
+    assert len(set(hashes(out))) == 1
 
 
 @pytest.mark.slow
