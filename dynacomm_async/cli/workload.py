@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dynacomm_async.data import Augmentation, Batches, Dataset, load, parse_augmentation
-from dynacomm_async.errors import ConfigError
+from dynacomm_async.errors import ConfigError, ShapeError
 from dynacomm_async.models import build, load_weights
 from dynacomm_async.nn import Network
 from dynacomm_async.optim import parse_rule, parse_schedule
@@ -34,6 +35,10 @@ __all__ = [
     "training_of",
     "training_options",
 ]
+
+_EVALUATED_IMAGES, _EVALUATED_FLOATS = 256, 1 << 25
+"""Images that are evaluated at a time, and activations at most: a server of little memory lives on
+when a large network has been trained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +83,9 @@ class Workload:
 
     def accuracy(self, parameters: NDArray[np.float32], statistics: NDArray[np.float32]) -> float:
         """Return the share of test images that are classified rightly."""
-        engine = self.network.bind(
-            min(256, len(self.test)), parameters=parameters, statistics=statistics
-        )
+        fitting = _EVALUATED_FLOATS // sum(prod(node.output.shape) for node in self.network.nodes)
+        batch = max(1, min(_EVALUATED_IMAGES, len(self.test), fitting))
+        engine = self.network.bind(batch, parameters=parameters, statistics=statistics)
         _, correct = engine.evaluate(self.test.images, self.test.labels)
         return correct / len(self.test)
 
@@ -262,10 +267,11 @@ def load_workload(settings: Mapping[str, Any], data_dir: Path | None = None) -> 
             "`dynacomm serve`, so its own workers must be used"
         ) from None
     network = build(model)
-    if network.statistics and batch < 2:
-        raise ConfigError(
-            f"{model} has batch norm, and a batch of {batch} image has no statistics: "
-            "expected --batch of at least 2"
+    norm = next((node.name for node in network.nodes if node.layer.normalises), None)
+    if norm is not None and batch < 2:
+        raise ShapeError(
+            f"model {model}, layer {norm}: a batch of {batch} image has no statistics for batch "
+            "norm, expected --batch of at least 2"
         )
     height, width, channels = network.input_shape
     folder = data_dir or (Path(settings["data_dir"]) if settings.get("data_dir") else None)

@@ -51,7 +51,7 @@ class Batches:
 
         A pure function of (seed, epoch, slot, step, split): steps may repeat or go back. O(1), but
         O(n log n) whenever the epoch is another than at the call before. The array is a read-only
-        view.
+        view. Threads may call it at the same time.
 
         Args:
             slot: the rank.

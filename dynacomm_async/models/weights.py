@@ -52,8 +52,8 @@ class SavedRun:
         parts = []
         for layer in network.layers:
             part = self.layers.get(layer.name)
-            if part is None or part.shape != (layer.count,):
-                came = "none" if part is None else f"one of shape {part.shape}"
+            if part is None or part.shape != (layer.count,) or part.dtype.kind != "f":
+                came = "none" if part is None else f"{part.dtype} of shape {part.shape}"
                 raise ShapeError(
                     f"{self.path}: model {network.name} expects layer {layer.name} of "
                     f"({layer.count},) floats, but there is {came}"

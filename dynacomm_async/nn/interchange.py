@@ -28,7 +28,7 @@ _COUNTER = "num_batches_tracked"
 """PyTorch's batch norms count their batches. Nothing here depends on it."""
 
 _SHOWN = 3
-"""How many names a message lists."""
+"""How much of a kind a message lists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +83,10 @@ def from_tensors(
     statistics = np.empty(network.statistics, np.float32)
     wanted = list(_tensors(network, parameters, statistics))
     _check_names(network, wanted, tensors, source)
+    _check_kinds(network, wanted, tensors, source)
     for tensor in wanted:
-        came = tensors[tensor.name]
-        if came.shape != tensor.shape or came.dtype.kind != "f":
-            raise ShapeError(
-                f"{source}: {tensor.name} is {came.dtype} of shape {came.shape}, "
-                f"model {network.name} expects floats of {tensor.shape}"
-            )
-        np.copyto(tensor.view, came.reshape(tensor.view.shape), casting="same_kind")
+        came = tensors[tensor.name].reshape(tensor.view.shape)
+        np.copyto(tensor.view, came, casting="same_kind")
     return parameters, statistics
 
 
@@ -105,6 +101,19 @@ def _check_names(
         raise ShapeError(f"{source}: model {network.name} misses {_list(missing)}{hint}")
     if strange:
         raise ShapeError(f"{source}: model {network.name} has no layer for {_list(strange)}")
+
+
+def _check_kinds(
+    network: Network, wanted: Sequence[_Tensor], tensors: Mapping[str, Array], source: str
+) -> None:
+    wrong = []
+    for tensor in wanted:
+        came = tensors[tensor.name]
+        if came.shape != tensor.shape or came.dtype.kind != "f":
+            what = f"{came.dtype} of shape {came.shape} instead of floats of {tensor.shape}"
+            wrong.append(f"{tensor.name} is {what}")
+    if wrong:
+        raise ShapeError(f"{source}: it does not fit model {network.name}: {_list(wrong)}")
 
 
 def _list(names: Sequence[str]) -> str:

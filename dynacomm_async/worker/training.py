@@ -9,6 +9,7 @@ from time import sleep, thread_time_ns
 import numpy as np
 from numpy.typing import NDArray
 
+from dynacomm_async.data import Ahead
 from dynacomm_async.nn import Engine, Network
 from dynacomm_async.wire.grid import LayerSpec
 from dynacomm_async.worker.session import Session
@@ -17,7 +18,8 @@ from dynacomm_async.worker.taken import Step
 __all__ = ["BatchSource", "TrainedStep", "bind_engine", "layer_specs", "train"]
 
 BatchSource = Callable[[int], tuple[NDArray[np.float32], NDArray[np.int64]]]
-"""From a step's index to (N, H, W, C) images and (N,) labels; the same for a repeated step."""
+"""From a step's index to (N, H, W, C) images and (N,) labels, new or never changed; the same for a
+repeated step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,8 @@ def train(
     After a restart of the server some steps are computed, and yielded, again.
 
     Args:
+        batches: called in a thread of its own, a step ahead, as :class:`dynacomm_async.data.Ahead`
+            says.
         slowdown: every layer takes this many times as long as it computes, to imitate a slower
             device; the processor is idle for the rest. At least 1.
         seed: of dropout, which follows from it, the step and this worker's slot.
@@ -121,17 +125,11 @@ def train(
     Raises:
         DynaCommError: what ended the session.
     """
-    at = session.welcome.version  # the step whose batch is ready
-    images, labels = batches(at)
-    for step in session.steps():
-        if step.index != at:  # the server was restarted, and training has stepped back
-            images, labels = batches(step.index)
-        draw = seed, step.index, session.welcome.slot
-        engine.step(images, labels, _StepHooks(step, engine, slowdown), draw=draw)
-        at = step.index
-        # The next batch is made while this step's last gradients are on their way.
-        if at + 1 < session.welcome.steps:
-            at += 1
-            images, labels = batches(at)
-        if not step.abandoned:
-            yield TrainedStep(step.index, engine.loss, step.started_ns, step.compute_ns)
+    with Ahead(batches, session.welcome.steps) as ahead:
+        ahead.expect(session.welcome.version)
+        for step in session.steps():
+            images, labels = ahead.take(step.index)
+            draw = seed, step.index, session.welcome.slot
+            engine.step(images, labels, _StepHooks(step, engine, slowdown), draw=draw)
+            if not step.abandoned:
+                yield TrainedStep(step.index, engine.loss, step.started_ns, step.compute_ns)

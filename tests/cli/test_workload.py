@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import struct
+import tracemalloc
+
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
+
+from dynacomm_async.cli import workload
+from dynacomm_async.cli.workload import load_workload
+from dynacomm_async.models import build
+from dynacomm_async.nn import to_tensors
 
 WRONG = {
     # option, value: what the complaint must mention beside the value
@@ -136,4 +146,101 @@ def test_fewer_images_than_one_step_takes_are_refused(call, command):
 def test_batch_norm_with_one_image_a_batch_is_refused_before_anything_is_started(call, command):
     outcome = call(command, "--data", "synthetic:64:8", "--model", "resnet20", "--batch", "1")
     assert outcome.code == 1
-    assert "at least 2" in outcome.complaint
+    assert "model resnet20, layer bn1: a batch of 1 image" in outcome.complaint
+    assert "expected --batch of at least 2" in outcome.complaint
+
+
+MISFITS = """
+from dynacomm_async.nn import Conv2d, Dense, Flatten, MaxPool, Network, Residual
+
+def make(parts, input_shape, classes):
+    return Network("mine", [*parts, Flatten(), Dense(classes)], input_shape, classes)
+
+def window(input_shape=(6, 6, 1), classes=10):
+    return make([Conv2d(4, 3, name="first"), Conv2d(4, 5, name="second")], input_shape, classes)
+
+def block(input_shape=(6, 6, 1), classes=10):
+    return make([Residual([Conv2d(4, 3, padding=1)], name="b")], input_shape, classes)
+
+def groups(input_shape=(6, 6, 1), classes=10):
+    return make([Conv2d(9, 3, name="first"), Conv2d(8, 1, groups=4)], input_shape, classes)
+
+def logits(input_shape=(6, 6, 1), classes=10):
+    return Network("mine", [Flatten(), Dense(7)], input_shape, classes)
+
+def few(input_shape=(6, 6, 1), classes=7):
+    return make([], input_shape, classes)
+
+def channels(input_shape=(6, 6, 4), classes=10):
+    return make([], input_shape, classes)
+"""
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("window", "layer second: the input is 4x4 with a border of 0x0, expected at least the"),
+        ("block", "layer b.add1: the body gives (6, 6, 4) and the shortcut (6, 6, 1), expected"),
+        ("groups", "layer conv1: the input has 9 channels, expected a multiple of the 4 groups"),
+        ("logits", "model mine gives shape (7,) for each image, expected one logit for each"),
+        ("few", "digits has 10 classes, but the model has 7 outputs"),
+        ("channels", "digits images have 1 channels and the model takes 4"),
+    ],
+)
+@pytest.mark.parametrize("command", ["serve", "train"])
+def test_what_does_not_fit_together_is_named_before_anything_is_started(
+    call, tmp_path, monkeypatch, command, model, words
+):
+    (tmp_path / "misfits.py").write_text(MISFITS)
+    monkeypatch.syspath_prepend(tmp_path)
+    outcome = call(command, "--model", f"misfits:{model}", "--workers", "2")
+    assert outcome.code == 1
+    assert words in outcome.complaint
+
+
+@pytest.mark.parametrize("command", ["serve", "train"])
+def test_a_label_out_of_range_is_named_before_anything_is_started(call, tmp_path, command):
+    for name, count in (("train", 8), ("t10k", 4)):
+        pixels = struct.pack(">4B3I", 0, 0, 8, 3, count, 28, 28) + bytes(count * 28 * 28)
+        (tmp_path / f"{name}-images-idx3-ubyte").write_bytes(pixels)
+        labels = struct.pack(">4BI", 0, 0, 8, 1, count) + bytes([9] * (count - 1) + [17])
+        (tmp_path / f"{name}-labels-idx1-ubyte").write_bytes(labels)
+    outcome = call(command, "--data", "mnist", "--data-dir", tmp_path, "--workers", "1")
+    assert outcome.code == 1
+    assert "train-labels-idx1-ubyte: label 17, expected 0 to 9" in outcome.complaint
+
+
+@pytest.mark.parametrize("command", ["serve", "train"])
+def test_weights_of_another_dtype_are_named_before_anything_is_started(call, tmp_path, command):
+    network = build("mlp")
+    tensors = to_tensors(network, network.initialise(0), network.initial_statistics())
+    path = tmp_path / "whole.safetensors"
+    save_file(tensors | {"fc2.bias": np.zeros(64, np.int64)}, path)
+    outcome = call(
+        command, "--data", "synthetic:64:8", "--model", "mlp", "--workers", "2", "--init", path
+    )
+    assert outcome.code == 1
+    words = "it does not fit model mlp: fc2.bias is int64 of shape (64,) instead of floats of (64,)"
+    assert words in outcome.complaint
+
+
+def test_few_images_are_evaluated_at_a_time_where_activations_are_large(monkeypatch):
+    settings = {"model": "resnet20", "data": "synthetic:64:50", "augment": "none", "batch": 2}
+    loaded = load_workload(settings | {"seed": 0, "workers": 1})
+    network = loaded.network
+    parameters, statistics = network.initialise(0), network.initial_statistics()
+
+    def evaluate():
+        tracemalloc.start()
+        try:
+            accuracy = loaded.accuracy(parameters, statistics)
+            return accuracy, tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    expected, _ = evaluate()
+    monkeypatch.setattr(workload, "_EVALUATED_FLOATS", 1)
+    accuracy, nbytes = evaluate()
+    assert accuracy == expected
+    image = network.bind(1).memory.total + 4 * 2 * network.parameters
+    assert nbytes < 1.2 * image

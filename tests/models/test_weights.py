@@ -134,11 +134,15 @@ def test_a_run_comes_back_as_it_was_saved(network, arenas, tmp_path):
         (lambda t: t.update(extra=t["fc1.bias"]), "model sample has no layer for extra"),
         (
             lambda t: t.update({"fc2.weight": np.zeros((10, 5), np.float32)}),
-            r"fc2.weight is float32 of shape \(10, 5\), model sample expects floats of \(3, 5\)",
+            r"sample: fc2.weight is float32 of shape \(10, 5\) instead of floats of \(3, 5\)$",
         ),
         (
             lambda t: t.update({"fc2.bias": np.zeros(3, np.int64)}),
             "fc2.bias is int64 of shape",
+        ),
+        (
+            lambda t: t.update({name: np.zeros((7, 7), np.float32) for name in list(t)[5:-1]}),
+            r": conv2.weight is .*\(7, 7\) instead .* \(8, 2, 1, 3\), conv2.bias is .* and 7 more$",
         ),
         (
             lambda t: [t.pop(name) for name in list(t) if "bn" in name],
@@ -176,6 +180,17 @@ def test_a_saved_run_of_another_model_is_refused(network, arenas, tmp_path):
     save_run(path, network, *arenas, model="sample")
     with pytest.raises(ShapeError, match="model mlp expects layer fc1 of"):
         load_weights(path, build("mlp"))
+
+
+def test_a_saved_run_of_something_else_than_floats_is_refused(network, arenas, tmp_path):
+    path = tmp_path / "model.npz"
+    save_run(path, network, *arenas, model="sample")
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    for wrong in (arrays["fc1"].astype(np.int32), arrays["fc1"].astype("U8")):
+        np.savez(path, **(arrays | {"fc1": wrong}))
+        with pytest.raises(ShapeError, match=r"expects layer fc1 of \(365,\) floats, but there is"):
+            load_weights(path, network)
 
 
 def test_the_newest_checkpoint_is_read(network, arenas, tmp_path):

@@ -271,6 +271,33 @@ def test_convolutions_of_any_shape_have_the_right_gradients(
     assert worst_gradient_error(wrap(parts, (*extent, 2)), 3, seed=0, probes=10) < TOLERANCE
 
 
+ANY = settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+@ANY
+@given(data=st.data(), batch=st.integers(2, 4), seed=st.integers(0, 1000))
+def test_a_layer_of_any_settings_has_the_right_gradients(
+    kind, data, batch, seed, draw_network, worst_gradient_error
+):
+    network = draw_network(data.draw, [kind])
+    assert worst_gradient_error(network, batch, seed, probes=12) < TOLERANCE
+
+
+@settings(ANY, max_examples=120)
+@given(data=st.data(), seed=st.integers(0, 1000))
+def test_layers_in_any_order_have_the_right_gradients(
+    data, seed, kinds, draw_network, worst_gradient_error
+):
+    chosen = data.draw(st.lists(st.sampled_from(kinds), min_size=2, max_size=4))
+    network = draw_network(data.draw, chosen)
+    assert worst_gradient_error(network, 3, seed, probes=12) < TOLERANCE
+
+
 def test_a_convolution_equals_its_definition():
     network = Network("one", [Conv2d(2, 3, stride=2, padding=1), GlobalAvgPool()], (5, 6, 3), 2)
     engine = network.bind(2, network.initialise(0), dtype=np.float32)
