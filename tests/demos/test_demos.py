@@ -263,3 +263,38 @@ def test_the_checkpoints_benchmark_saves_a_model_with_its_momentum():
 
     assert found["saving"]["nbytes"] > 2 * 10 * 2**20
     assert [row["rule"] for row in found["checking"]] == ["sgd", "momentum", "adam"] * 2
+
+
+@pytest.mark.slow
+def test_the_input_benchmark_reports_each_kind_of_input():
+    out = run_demo("benchmarks/input.py", "--batch=4", "--steps=5", "--json")
+    rows = json.loads(out)["rows"]
+
+    assert set(rows) == {"one batch", "in line", "a step ahead"}
+    assert all(0 < row["input_s"] < row["step_s"] for row in rows.values())
+
+
+LARGE = r"""{model}, batch 2, 1gbit
+(?:  step \d: loss \d+\.\d+
+){{9}}  \d+ layers, {megabytes} MB of parameters; \d+\.\d\d s each way on the link
+  plan: joint, .*
+  9 steps done, (\d+\.\d\d) s each, of which (\d+\.\d\d) s computing
+  memory at its peak: server (\d+\.\d\d) GiB, worker (\d+\.\d\d) GiB
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("model", "megabytes"),
+    [("vgg19", 575), ("googlenet", 28), ("inception_v4", 171), ("resnet152", 241)],
+)
+def test_a_large_network_trains_at_its_real_size_under_the_joint_plan(model, megabytes):
+    out = run_demo("large_networks.py", model, timeout_s=600)
+
+    found = re.fullmatch(LARGE.format(model=model, megabytes=megabytes), out)
+    assert found, out
+    step_s, compute_s, *gib = map(float, found.groups())
+    assert compute_s <= step_s
+    # Each end holds all parameters at least twice, and twelve are plenty for a batch of two.
+    assert all(2 * megabytes < 1074 * each < 12 * megabytes + 3000 for each in gib)
