@@ -178,8 +178,8 @@ def hits(request, tmp_path_factory):
 
 def pytest_terminal_summary(terminalreporter, config):
     found = config.stash.get(_HITS, None)
-    if found is not None:
-        counts = found.counts
+    counts = None if found is None else found.counts
+    if counts:
         terminalreporter.section("failpoints that have fired")
         for name in FAILPOINTS:
             terminalreporter.write_line(f"{counts[name]:5}  {name}")

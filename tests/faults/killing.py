@@ -68,8 +68,11 @@ class ServerLives:
         finished: whether the run has ended, and ``result.npz`` is in the folder.
     """
 
-    def __init__(self, toy, folder: Path, hits: Hits, *, workers, steps, every, **told) -> None:
+    def __init__(
+        self, toy, folder: Path, hits: Hits, *, workers, steps, every, inside=(), **told
+    ) -> None:
         self.folder = folder
+        self.inside = inside
         self.port = 0
         self.listening = asyncio.Event()
         self.killed: Counter[str] = Counter()
@@ -97,6 +100,7 @@ class ServerLives:
     async def live(self, where: str = OUTSIDE, count: int = 0, moment_s: float | None = None):
         """Start, and be killed at a failpoint, or ``moment_s`` after ``count`` steps, or not."""
         self._process = process = await asyncio.create_subprocess_exec(
+            *self.inside,
             sys.executable,
             str(HERE / "serving.py"),
             json.dumps({**self._told, "port": self.port}),
@@ -133,6 +137,17 @@ class ServerLives:
         if self._process is not None and self._process.returncode is None:
             with suppress(ProcessLookupError):
                 self._process.kill()
+
+    def stop(self) -> None:
+        """Have it stop where it is, without a word (SIGSTOP)."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    @property
+    def pid(self) -> int:
+        """Of the process that lives."""
+        assert self._process is not None
+        return self._process.pid
 
     async def live_to_the_end(self) -> None:
         """Come back after every death until the run has ended."""

@@ -46,7 +46,7 @@ def deaths_of(seed, n):
 async def train_through(toy, lives, deaths):
     """Let the server die those deaths while three workers train."""
     async with asyncio.TaskGroup() as tasks:
-        work = tasks.create_task(lives.work(toy, N_WORKERS, retry_s=20.0))
+        work = tasks.create_task(lives.work(toy, N_WORKERS, retry_s=60.0))
         for death in deaths:
             if not lives.finished:
                 await lives.live(*death)

@@ -47,7 +47,7 @@ async def train_through(toy, lives, faults, hits, deaths):
     killed: Counter[str] = Counter()
     async with asyncio.TaskGroup() as tasks:
         serving = tasks.create_task(lives.live_to_the_end())
-        work = tasks.create_task(lives.work(toy, N_WORKERS - 1, plans=one_message, retry_s=20.0))
+        work = tasks.create_task(lives.work(toy, N_WORKERS - 1, plans=one_message, retry_s=60.0))
         await lives.listening.wait()
         for where, count in deaths:
             await die(lives, faults, hits, where, count)

@@ -2,13 +2,15 @@
 
 It prints the index of each step that it begins. The JSON says what it does differently:
 ``layers``, the model; ``idle_at``, the step in which it stops to compute and only listens;
-``retry_s``; ``again``, to join anew each time that its membership has passed to another.
+``retry_s``; ``again``, the codes of refusals after which it joins anew; ``spoilt``, whether it
+computes nonsense from the moment on at which it is woken up (SIGCONT) until it has joined anew.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -37,6 +39,11 @@ def work(address: str, told: dict) -> int:
     layers = told.get("layers")
     toy = helpers.Toy(*([] if layers is None else [tuple(LayerSpec(*row) for row in layers)]))
 
+    spoilt = threading.Event()
+    if told.get("spoilt"):
+        signal.signal(signal.SIGCONT, lambda number, frame: spoilt.set())
+        toy.noise = lambda slot, step: helpers.Toy.noise(toy, slot, step) + 1000 * spoilt.is_set()
+
     def begin(session, index):
         print(index, flush=True)
         if index == told.get("idle_at"):
@@ -48,12 +55,16 @@ def work(address: str, told: dict) -> int:
                 parse_address(address),
                 at_step=begin,
                 plans=one_message,
-                retry_s=told.get("retry_s", 10.0),
+                retry_s=told.get("retry_s", 60.0),
             )
         except DynaCommError as error:
             code = error.code if isinstance(error, PeerError) else type(error).__name__
             if code in told.get("again", ()):
-                print(code, flush=True)
+                spoilt.clear()
+                if code == "run-full":
+                    spoilt.wait(0.02)
+                else:
+                    print(code, flush=True)
                 continue
             if code == "run-full":  # the place is not free yet
                 return 3
