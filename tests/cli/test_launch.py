@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,8 @@ from dynacomm_async.cluster import Place
 from dynacomm_async.errors import ConfigError
 
 FAR, NEAR = Address("node1", 5000), Address("127.0.0.1", 5000)
-VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID")
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+PREFIXES = ("SLURM_", "JOB_COMPLETION", "TORCHELASTIC_")
 
 
 @pytest.mark.parametrize(
@@ -64,23 +68,64 @@ def test_a_launched_worker_has_the_servers_port_and_a_trace_of_its_own():
 
 
 def environment(**variables):
-    rest = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    rest = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in VARIABLES and not name.startswith(PREFIXES)
+    }
     return rest | variables
 
 
-def test_the_same_command_for_every_rank_trains(start, quick):
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = ("launch", *quick, "--steps", 5, "--json")
-    ranks = [start(*command, env=environment(RANK=str(rank), **common)) for rank in (2, 1, 0)]
+        return str(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("launcher", "rank", "common"),
+    [
+        ("RANK and WORLD_SIZE", "RANK", {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1"}),
+        ("Slurm", "SLURM_PROCID", {"SLURM_NTASKS": "3", "SLURM_JOB_NODELIST": "127.0.0.1,node2"}),
+        (
+            "Kubernetes",
+            "JOB_COMPLETION_INDEX",
+            {"WORLD_SIZE": "3", "MASTER_ADDR": "localhost"},
+        ),
+    ],
+    ids=["by hand", "Slurm", "Kubernetes"],
+)
+def test_the_same_command_for_every_rank_trains(launcher, rank, common, start, quick):
+    common = common | {"MASTER_PORT": free_port()}
+    command = ("launch", *quick, "--model", "mlp", "--steps", 5, "--json")
+    ranks = [start(*command, env=environment(**common, **{rank: number})) for number in "210"]
 
     outcomes = [program.finish() for program in ranks]
     assert [outcome.code for outcome in outcomes] == [0, 0, 0], outcomes
     assert outcomes[2].json["steps"] == 5
-    assert "rank 0 of 3: --workers 2 --listen 127.0.0.1:" in outcomes[2].err
+    assert f"{launcher}, rank 0 of 3: --workers 2 --listen 127.0.0.1:" in (
+        outcomes[2].err.replace("localhost", "127.0.0.1")
+    )
     assert {outcome.out for outcome in outcomes[:2]} == {""}
+
+
+@pytest.mark.peers
+@pytest.mark.slow
+def test_torchrun_starts_a_server_and_workers(quick):
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    launch = ["-m", "dynacomm_async.cli.main", "launch", *quick, "--model=mlp", "--steps=5"]
+    done = subprocess.run(
+        [*torchrun, *launch, "--json"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        env=environment(),
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 5
+    assert "torchrun, rank 0 of 3: --workers 2 --listen " in done.stderr
 
 
 @pytest.mark.parametrize(
