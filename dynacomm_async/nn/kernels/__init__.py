@@ -20,6 +20,7 @@ from dynacomm_async.nn.kernels.dropping import draw_factors
 from dynacomm_async.nn.kernels.elementwise import (
     column_sums,
     image_groups,
+    line_groups,
     mask_between,
     mask_positive,
 )
@@ -27,6 +28,7 @@ from dynacomm_async.nn.kernels.loss import softmax_cross_entropy
 from dynacomm_async.nn.kernels.pooling import (
     Tap,
     clipped_taps,
+    maximum_steps,
     pool_maximum,
     unpool_maximum,
     window_taps,
@@ -63,8 +65,10 @@ __all__ = [
     "draw_factors",
     "image_groups",
     "input_phases",
+    "line_groups",
     "mask_between",
     "mask_positive",
+    "maximum_steps",
     "phase_border",
     "plan_blocks",
     "plan_group_blocks",

@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["GROUP_FLOATS", "column_sums", "image_groups", "mask_between", "mask_positive"]
+__all__ = [
+    "GROUP_FLOATS",
+    "column_sums",
+    "image_groups",
+    "line_groups",
+    "mask_between",
+    "mask_positive",
+]
 
 Array = NDArray[Any]
 
@@ -20,6 +27,21 @@ def image_groups(shape: tuple[int, ...]) -> list[slice]:
     """Cut a batch of activations, (N, ...), into groups of about :data:`GROUP_FLOATS` elements."""
     count = max(1, GROUP_FLOATS // max(1, prod(shape[1:])))
     return [slice(n, min(n + count, shape[0])) for n in range(0, shape[0], count)]
+
+
+def line_groups(shape: tuple[int, ...]) -> list[tuple[slice, ...]]:
+    """As :func:`image_groups`, but of (N, H, ...) and into lines where an image is too large.
+
+    Each is an index of an array of ``shape``. The first is the largest.
+    """
+    if len(shape) < 3 or prod(shape[1:]) <= GROUP_FLOATS:
+        return [(images,) for images in image_groups(shape)]
+    lines = max(1, GROUP_FLOATS // prod(shape[2:]))
+    return [
+        (slice(n, n + 1), slice(h, min(h + lines, shape[1])))
+        for n in range(shape[0])
+        for h in range(0, shape[1], lines)
+    ]
 
 
 def mask_positive(gradient: Array, activation: Array, mask: Array, out: Array) -> None:

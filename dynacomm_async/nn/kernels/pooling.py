@@ -8,7 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Tap", "clipped_taps", "pool_maximum", "unpool_maximum", "window_taps"]
+__all__ = [
+    "Tap",
+    "clipped_taps",
+    "maximum_steps",
+    "pool_maximum",
+    "unpool_maximum",
+    "window_taps",
+]
 
 Array = NDArray[Any]
 
@@ -73,6 +80,35 @@ def _clip(
             seen = slice(start, start + (end - first - 1) * stride + 1, stride)
             found.append((slice(first, end), seen))
     return found
+
+
+def maximum_steps(
+    array: Array, out: Array, axis: int, size: int, stride: int, padding: int
+) -> list[tuple[Array, Array, Array]]:
+    """Maxima over windows in one direction, as calls (a, b, out) of :func:`numpy.maximum`.
+
+    A window of both directions is one of windows: lines first, which are long, then pixels.
+
+    Args:
+        array, out: alike but along ``axis``; the steps keep views of them.
+        size, stride: of the windows.
+        padding: so far before the first element the first window begins.
+    """
+
+    def part(whole: Array, where: slice) -> Array:
+        return whole[(*[slice(None)] * axis, where)]
+
+    count = out.shape[axis]
+    clips = _clip(array.shape[axis], size, stride, padding, count)
+    whole = [part(array, seen) for where, seen in clips if where == slice(0, count)]
+    if not whole:
+        whole.append(np.broadcast_to(out.dtype.type(-np.inf), out.shape))
+    steps = [(whole[0], whole[min(1, len(whole) - 1)], out)]
+    steps += [(out, seen, out) for seen in whole[2:]]
+    for where, seen in clips:
+        if where != slice(0, count):
+            steps.append((part(out, where), part(array, seen), part(out, where)))
+    return steps
 
 
 def pool_maximum(taps: Sequence[Array], out: Array) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from dynacomm_async.errors import ConfigError
 from dynacomm_async.nn.graph import Layer, Node, Operator, Shape
-from dynacomm_async.nn.kernels import column_sums, image_groups, mask_between, mask_positive
+from dynacomm_async.nn.kernels import column_sums, line_groups, mask_between, mask_positive
 from dynacomm_async.nn.memory import Array, Memory, Sink
 
 __all__ = ["BatchNorm"]
@@ -56,13 +56,15 @@ class BatchNorm(Layer):
 
 
 class _Group(NamedTuple):
-    """Some images; 1-D arrays unless said otherwise."""
+    """Some images, or lines of one; 1-D arrays unless said otherwise."""
 
     x: Array
     load: tuple[Array, Array] | None
     """Where the input is not contiguous: ``x`` in the input's shape, and the input."""
     y: Array
     """View of the output, (n, ...)."""
+    out: Array
+    """Where the output is computed: the output itself where it is contiguous, else ``t``."""
     dy: Array
     """View of the output's gradient; masked in place."""
     shaped_dy: Array
@@ -71,8 +73,10 @@ class _Group(NamedTuple):
     t: Array
     shaped_t: Array
     u: Array
-    sink: Array | None
-    """Where the gradient of the input goes, (n, ...)."""
+    result: Array
+    """Where the gradient of the input is computed: ``t``, or where it belongs."""
+    sink: Sink | None
+    """Where it is moved from ``t``; None: nowhere."""
 
 
 class _BatchNormOperator:
@@ -97,12 +101,12 @@ class _BatchNormOperator:
         self._parameter_gradients = memory.parameter_gradients(node)
         self._running, self._of_batch = memory.statistics(node)
         self._sink = memory.sink(node.inputs[0])
-        groups = image_groups((memory.batch, *shape))
-        size = (groups[0].stop - groups[0].start) * height * self._run
-        self._groups = [self._group(images, node, memory, size) for images in groups]
+        groups = line_groups((memory.batch, *shape))
+        size = memory.gradient(node.output)[groups[0]].size
+        self._groups = [self._group(where, node, memory, size) for where in groups]
         self._ones, self._zeros = memory.ones(size // self._run), memory.zeros(size)
         self._tiles = [memory.scratch(f"tile {index}", size) for index in range(3)]
-        self._row, self._other, self._part = np.empty((3, self._run), memory.dtype)
+        self._line, self._row, self._other, self._part = np.empty((4, self._run), memory.dtype)
         self._moments, self._sums = np.empty((2, 2, channels), memory.dtype)
         self._mean, self._variance = self._moments
         self._shift, self._scale = np.empty((2, channels), memory.dtype)
@@ -111,9 +115,9 @@ class _BatchNormOperator:
             for use, size in (("mean", channels), ("moment", channels), ("sums", 2 * channels))
         ]
 
-    def _group(self, images: slice, node: Node, memory: Memory, size: int) -> _Group:
-        source, y = memory.value(node.inputs[0])[images], memory.value(node.output)[images]
-        dy = memory.gradient(node.output)[images]
+    def _group(self, where: tuple[slice, ...], node: Node, memory: Memory, size: int) -> _Group:
+        source, y = memory.value(node.inputs[0])[where], memory.value(node.output)[where]
+        dy = memory.gradient(node.output)[where]
         load = None
         if source.flags.c_contiguous:
             x = source.reshape(-1)
@@ -123,13 +127,23 @@ class _BatchNormOperator:
         t = memory.scratch("masked", size)[: y.size]
         u = memory.scratch("products", size)[: y.size]
         masks = memory.scratch("mask", 2 * size, np.bool_)[: 2 * y.size].reshape(2, *y.shape)
-        sink = None if self._sink is None else self._sink.array[images]
-        return _Group(x, load, y, dy.reshape(-1), dy, masks, t, t.reshape(y.shape), u, sink)
+        out = y.reshape(-1) if y.flags.c_contiguous else t
+        result, sink = t, None
+        if self._sink is not None:
+            target = self._sink.array[where]
+            if target.flags.c_contiguous and not self._sink.accumulate:
+                result = target.reshape(-1)
+            else:
+                sink = Sink(target, self._sink.accumulate)
+        shaped = t.reshape(y.shape)
+        return _Group(x, load, y, out, dy.reshape(-1), dy, masks, t, shaped, u, result, sink)
 
     def _tile(self, index: int, values: Array) -> Array:
         """``values`` (C,), repeated for each pixel of a group; valid while this operator runs."""
         tile = self._tiles[index]
-        np.copyto(tile.reshape(-1, self._channels), values)
+        # By way of a line: many short runs take longer to copy than a few long ones.
+        np.copyto(self._line.reshape(-1, self._channels), values)
+        np.copyto(tile.reshape(-1, self._run), self._line)
         return tile
 
     def _add_rows(self, flat: Array, row: Array, first: bool) -> None:
@@ -153,14 +167,15 @@ class _BatchNormOperator:
         factor = self._tile(0, gamma * self._scale)
         offset = self._tile(1, beta - self._mean * gamma * self._scale)
         for group in self._groups:
-            t, length = group.t, group.t.size
-            np.multiply(_load(group), factor[:length], out=t)
-            np.add(t, offset[:length], out=t)
+            t, out, length = group.t, group.out, group.t.size
+            np.multiply(_load(group), factor[:length], out=out)
+            np.add(out, offset[:length], out=out)
             if self._limit is not None:
-                np.clip(t, 0, self._limit, out=t)
+                np.clip(out, 0, self._limit, out=out)
             elif self._relu:
-                np.maximum(t, self._zeros[:length], out=t)
-            np.copyto(group.y, group.shaped_t)
+                np.maximum(out, self._zeros[:length], out=out)
+            if out is t:
+                np.copyto(group.y, group.shaped_t)
 
     def _measure(self) -> None:
         """Mean and variance of this batch, into the batch statistics too.
@@ -228,7 +243,7 @@ class _BatchNormOperator:
         np.copyto(gamma_gradient, of_gamma)
         if self._sink is not None:
             self._member.add_up(self._sums.reshape(-1), self._tables[2])
-            self._backward_input(self._sink.accumulate)
+            self._backward_input()
 
     def _mask(self, group: _Group) -> None:
         """Turn the gradient behind the fused ReLU into the one in front of it, in place."""
@@ -238,7 +253,7 @@ class _BatchNormOperator:
         elif self._relu:
             mask_positive(dy, group.y, group.masks[0], dy)
 
-    def _backward_input(self, accumulate: bool) -> None:
+    def _backward_input(self) -> None:
         """The input's gradient is a * dy + b * x + c with three numbers for each channel."""
         gamma, _ = self._parameters
         beta_gradient, gamma_gradient = self._sums
@@ -251,9 +266,9 @@ class _BatchNormOperator:
             np.multiply(_load(group), b[:length], out=t)
             np.add(t, c[:length], out=t)
             np.multiply(group.dy, a[:length], out=u)
-            np.add(t, u, out=t)
+            np.add(t, u, out=group.result)
             if group.sink is not None:
-                Sink(group.sink, accumulate).put(group.shaped_t)
+                group.sink.put(group.shaped_t)
 
 
 def _load(group: _Group) -> Array:

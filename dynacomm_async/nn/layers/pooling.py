@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 
 from dynacomm_async.errors import ConfigError
 from dynacomm_async.nn.graph import Layer, Node, Operator, Pools, Shape
-from dynacomm_async.nn.kernels import Tap, clipped_taps, pool_maximum
+from dynacomm_async.nn.kernels import Tap, clipped_taps, image_groups, maximum_steps
 from dynacomm_async.nn.layers.checks import Pair, pair, require_image, window_output
 from dynacomm_async.nn.memory import Array, Memory
 
@@ -81,11 +82,9 @@ class MaxPool(_Windows, Pools):
 class _MaxPoolOperator:
     def __init__(self, node: Node, layer: MaxPool, memory: Memory) -> None:
         source = memory.value(node.inputs[0])
-        output = self._output = memory.value(node.output)
-        taps = layer.taps(source, output)
-        self._views = [tap.view for tap in taps]
-        self._clipped = any(view.shape != output.shape for view in self._views)
-        self._parts = [(tap.view, output[tap.where]) for tap in taps]
+        output = memory.value(node.output)
+        self._maxima = self._plan_maxima(layer, source, output, memory)
+        parts = [(tap.view, output[tap.where]) for tap in layer.taps(source, output)]
         self._sink = memory.sink(node.inputs[0])
         self._gradient = memory.gradient(node.output)
         shape, size = self._gradient.shape, self._gradient.size
@@ -94,18 +93,31 @@ class _MaxPoolOperator:
         self._steps = []
         if self._sink is not None:
             targets = layer.taps(self._sink.array, output)
-            for (view, maxima), target in zip(self._parts, targets, strict=True):
+            for (view, maxima), target in zip(parts, targets, strict=True):
                 where = target.where
                 scratch = mask[where], self._left[where], share[where]
                 self._steps.append((view, maxima, *scratch, target.view))
 
+    @staticmethod
+    def _plan_maxima(
+        layer: MaxPool, source: Array, output: Array, memory: Memory
+    ) -> list[tuple[Array, Array, Array]]:
+        """Lines, then pixels, of some images at a time, so that the lines' maxima stay in cache."""
+        (kh, kw), (sh, sw), (ph, pw) = layer.window, layer.steps, layer.before
+        shape = output.shape[1], *source.shape[2:]
+        groups = image_groups((memory.batch, *shape))
+        scratch = memory.scratch("masked", prod(shape) * groups[0].stop)
+        steps = []
+        for images in groups:
+            x, y = source[images], output[images]
+            lines = scratch[: prod(shape) * len(x)].reshape(len(x), *shape)
+            steps += maximum_steps(x, lines, 1, kh, sh, ph)
+            steps += maximum_steps(lines, y, 2, kw, sw, pw)
+        return steps
+
     def forward(self, training: bool) -> None:
-        if not self._clipped:
-            pool_maximum(self._views, self._output)
-            return
-        self._output[...] = -np.inf
-        for view, part in self._parts:
-            np.maximum(part, view, out=part)
+        for first, second, out in self._maxima:
+            np.maximum(first, second, out=out)
 
     def backward(self) -> None:
         if self._sink is None:
