@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dynacomm_async.nn.kernels import clipped_taps, pool_maximum, unpool_maximum, window_taps
+from dynacomm_async.nn.kernels import (
+    clipped_taps,
+    maximum_steps,
+    pool_maximum,
+    unpool_maximum,
+    window_taps,
+)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 2), (1, 4)])
@@ -48,3 +54,31 @@ def test_positions_of_windows_over_the_edge_are_those_inside_the_image(padding, 
         top, left = h * stride[0] - padding[0], w * stride[1] - padding[1]
         inside = x[0, max(top, 0) : top + size[0], max(left, 0) : left + size[1], 0]
         assert seen.get(h * output[1] + w, []) == inside.ravel().tolist()
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize(
+    ("extent", "size", "stride", "padding", "count"),
+    [
+        (6, 1, 1, 0, 6),
+        (7, 2, 2, 0, 3),
+        (7, 2, 2, 0, 4),  # the last window reaches over the edge
+        (8, 3, 2, 1, 4),
+        (8, 3, 2, 1, 5),
+        (5, 3, 1, 1, 5),
+        (2, 4, 1, 2, 2),
+        (1, 3, 1, 1, 1),
+        (4, 2, 3, 1, 2),  # no position lies inside for both windows
+    ],
+)
+def test_maxima_in_one_direction(axis, extent, size, stride, padding, count):
+    shape, result = [2, 3, 3, 4], [2, 3, 3, 4]
+    shape[axis], result[axis] = extent, count
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    out = np.full(result, np.nan, np.float32)
+    for first, second, target in maximum_steps(x, out, axis, size, stride, padding):
+        np.maximum(first, second, out=target)
+    for index in range(count):
+        seen = range(max(0, index * stride - padding), min(extent, index * stride - padding + size))
+        expected = x.take(seen, axis).max(axis)
+        assert np.array_equal(out.take(index, axis), expected)
