@@ -72,7 +72,7 @@ def work(address: dc.Address) -> NDArray[np.float32]:
     """Train until the run ends; return the final parameters."""
     with dc.Session(address, layers=LAYERS) as session:
         for step in session.steps():
-            x, labels = make_batch(step.index, session.welcome.slot)
+            x, labels = make_batch(step.index, session.slot)
             pullbacks = []
             for layer in LAYERS:
                 flat = jnp.array(step.parameters(layer))  # a copy: what it views will change

@@ -156,9 +156,8 @@ def work_blocking(address: str) -> str:
     """The same for code that does not await: ``wait`` blocks, and nothing else changes."""
     x_train, y_train, x_test, y_test = load_data()
     with dc.Session(address, layers=LAYERS) as session:
-        rank, workers = session.welcome.slot, session.welcome.workers
         for step in session.steps():
-            batch = batch_indices(len(x_train), step.index, rank, workers)
+            batch = batch_indices(len(x_train), step.index, session.slot, session.workers)
             inputs, x = [], x_train[batch]
             for layer in LAYERS:
                 step.wait(layer)
@@ -171,7 +170,7 @@ def work_blocking(address: str) -> str:
                 flat, gradient = session.parameters[place], session.gradients[place]
                 dz = backward(layer, flat, inputs.pop(), dz, gradient)
                 step.gradient_ready(layer)
-        return describe(f"worker {rank}", session.parameters, x_test, y_test)
+        return describe(f"worker {session.slot}", session.parameters, x_test, y_test)
 
 
 def describe(who: str, parameters: Floats, images: Floats, labels: Labels) -> str:

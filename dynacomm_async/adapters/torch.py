@@ -207,12 +207,12 @@ class TorchSession:
     @property
     def slot(self) -> int:
         """This worker's rank."""
-        return self.session.welcome.slot
+        return self.session.slot
 
     @property
     def workers(self) -> int:
         """How many there are."""
-        return self.session.welcome.workers
+        return self.session.workers
 
     @property
     def settings(self) -> Mapping[str, Any]:

@@ -7,7 +7,7 @@ two awaits the caller may compute for as long as it likes without holding up a t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -84,12 +84,17 @@ class AsyncSession:
     @property
     def slot(self) -> int:
         """This worker's rank."""
-        return self.blocking.welcome.slot
+        return self.blocking.slot
 
     @property
     def workers(self) -> int:
         """How many ranks the run has."""
-        return self.blocking.welcome.workers
+        return self.blocking.workers
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What the server told its workers."""
+        return self.blocking.settings
 
     @property
     def parameters(self) -> Floats:

@@ -94,7 +94,7 @@ class Session:
         recorder: takes down what this session does and when; None records nothing.
 
     Attributes (once entered):
-        welcome: what the server said; ``welcome.slot`` is this worker's rank.
+        welcome: what the server said.
         grid: the model as the transport sees it.
         parameters: (n,) float32, forward order; received into, read-only for the caller. A
             layer's values are those of the step from ``step.wait(layer)`` until
@@ -213,6 +213,16 @@ class Session:
         """The measured costs."""
         assert self._estimator is not None, "the session has not been entered"
         return self._estimator
+
+    @property
+    def slot(self) -> int:
+        """This worker's rank."""
+        return self.welcome.slot
+
+    @property
+    def workers(self) -> int:
+        """How many ranks the run has."""
+        return self.welcome.workers
 
     @property
     def settings(self) -> Mapping[str, Any]:

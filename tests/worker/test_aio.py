@@ -63,7 +63,7 @@ async def test_workers_that_await_end_with_the_bits_of_a_single_process(
 
 async def test_a_session_says_who_it_is(toy):
     async with serve(toy) as server, connect(str(server.address)) as session:
-        assert (session.slot, session.workers) == (0, 1)
+        assert (session.slot, session.workers, session.settings) == (0, 1, {})
         assert session.parameters.shape == session.gradients.shape == (toy.grid.n_parameters,)
         assert session.statistics.shape == session.batch_statistics.shape
         assert session.slice_of("tiny") == slice(5000, 5003)
