@@ -26,8 +26,9 @@ values may come in.
 What works
 
 - *tied parameters, modules used twice, nested containers, recomputation*
-  (``torch.utils.checkpoint``), *compiled modules* (``torch.compile``; in pieces, since hooks run
-  between the layers), *autocast* (inside the loop's body or around the loop);
+  (``torch.utils.checkpoint``), *autocast* (inside the loop's body or around the loop);
+- *compiled modules* (``torch.compile``): in pieces, since hooks run between the modules, so that
+  most of what compiling gains is lost;
 - *unused parameters, layers left out of a step, gradients cut off by* ``detach``: the gradient is
   zero, handed over at the end of the step. Gradients that the loop's body sets by itself
   (``parameter.grad = ...``) go then, too;
