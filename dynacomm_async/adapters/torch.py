@@ -153,6 +153,7 @@ class TorchSession:
         self._table, seen = _learn(model, sample, decays)
         self._needs = self._table.needs(seen)
         self._is_learnt = seen is not None
+        self._modules = list(model.modules())  # as they are now
         self._structure = Structure(model)
         self._order = Order([spec.name for spec in self._table.specs])
         self.times = HookTimes()
@@ -170,14 +171,14 @@ class TorchSession:
         self._learning: tuple[ExitStack, ForwardPass] | None = None
 
     def __enter__(self) -> TorchSession:
-        if any(module in _attached for module in self.model.modules()):
+        if any(module in _attached for module in self._modules):
             raise LocalProtocolError(
                 "the model, or a part of it, belongs to another session; leave that first"
             )
         self.session.__enter__()
         try:
-            _attached.update(self.model.modules())
             self._places = Places(self._table, self.session, self.times)
+            _attached.update(self._modules)
             self._hook(self._places)
         except BaseException:
             self.close()
@@ -203,7 +204,7 @@ class TorchSession:
         places, self._places = self._places, None
         if places is not None:
             places.leave()
-            _attached.difference_update(self.model.modules())
+            _attached.difference_update(self._modules)
 
     @property
     def slot(self) -> int:
