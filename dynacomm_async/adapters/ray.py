@@ -19,7 +19,9 @@ A server of your own and workers of your own, placed by Ray::
 :class:`dynacomm_async.adapters.torch.TorchSession` and :func:`dynacomm_async.connect` take
 ``server`` as their address, too. Ray starts an actor anew when its process or node dies; how a run
 goes on then is told in :mod:`dynacomm_async.adapters.ray_actors`. Server and workers talk to each
-other directly, not through Ray, which only places them, watches them and carries the result.
+other directly, not through Ray, which only places them, watches them and carries the result. The
+process that calls :func:`train` and Ray's head node are not replaced: with ``resume`` a run goes on
+after their loss.
 """
 
 from __future__ import annotations
@@ -115,7 +117,8 @@ def train(
         ConfigError: arguments that cannot work.
         ActorLost: an actor died more than ``restarts`` times.
         Exception: what ``make_server``, the server or ``work`` raised in an actor (the remote
-            traceback is its ``__cause__``), but for lost connections, which are made anew.
+            traceback is its ``__cause__``). Not so lost connections (ChannelError, TimeoutError):
+            after those ``work`` is called again.
     """
     if workers < 1:
         raise ConfigError(f"{workers} workers, expected at least 1")

@@ -50,9 +50,11 @@ _REFUSED_S, _LONGEST_REFUSED_S, _PAUSE_S = 2.0, 30.0, 0.2
 """How long a worker that finds its place taken waits before the server makes room, and from one
 attempt to the next."""
 
+_STOPPED = "server-draining"
+
 _ANEW = {
     *("run-full", "run-mismatch", "term-outdated", "connection-outdated"),
-    *("server-draining", "server-stopped"),
+    *(_STOPPED, "server-stopped"),
 }
 """Refusals after which a worker begins anew; others are errors that would come again."""
 
@@ -129,14 +131,15 @@ class ServerActor:
 
     def __init__(self) -> None:  # no arguments: Ray need not keep them for the next life
         self._life = secrets.token_hex(4)
-        self._is_successor = Placed.here("server").again
+        place = Placed.here("server")
+        self._is_successor = place.again
         self._running: asyncio.Task[RunResult] | None = None
         self._address: Address | None = None
         self._settled = asyncio.Event()  # there is an address, or there will be none any more
         self._asked = asyncio.Event()  # to go back to the last step boundary
         self._stops = False
         self._step = 0  # of the latest boundary that it went back to
-        self._news: list[News] = [Placed.here("server")]
+        self._news: list[News] = [place]
         self._told = asyncio.Event()
         logging.getLogger("dynacomm_async.server").addHandler(_Warnings(self._news))
 
@@ -166,14 +169,15 @@ class ServerActor:
     async def stop(self) -> int | None:
         """Go back to the last step boundary, save it and end; return the step it is before.
 
-        None if the run has ended already, or has never begun.
+        None if the run has ended already, or has never begun, or nothing could be saved.
         """
         if self._running is None or self._running.done():
             return None
         self._stops = True
         self._asked.set()
         await asyncio.wait([self._running])
-        return self._step if self._running.exception() is not None else None
+        error = self._running.exception()
+        return self._step if isinstance(error, PeerError) and error.code == _STOPPED else None
 
     async def tell(self, news: News) -> None:
         """Have the driver hear of something."""
@@ -211,7 +215,7 @@ class ServerActor:
                 if result is not None:
                     return result
                 if self._stops:
-                    raise PeerError("server-draining", f"stopped at step {self._step}")
+                    raise PeerError(_STOPPED, f"stopped at step {self._step}")
                 resume = True
 
     async def _open_checkpoints(self, folder: Path) -> Checkpoints:
@@ -229,7 +233,8 @@ class ServerActor:
         self, terms: Terms, checkpoints: Checkpoints, resume: bool
     ) -> RunResult | None:
         """Return the result; None if the server was asked to go back."""
-        self._asked.clear()
+        if not self._stops:
+            self._asked.clear()
         async with terms.make_server(
             workers=terms.workers,
             listen=Address(ray.util.get_node_ip_address(), 0),
