@@ -15,10 +15,7 @@ from dynacomm_async.worker import DEFAULT_PORT
 
 __all__ = ["add_arguments", "command"]
 
-EXAMPLE = (
-    "srun --ntasks 5 dynacomm launch --insecure --model resnet20 --data synthetic --epochs 10, or "
-    "dynacomm launch --on ray --workers 4 --checkpoint-dir /shared/run-1 --insecure"
-)
+EXAMPLE = "dynacomm launch --on ray --workers 4 --checkpoint-dir /shared/run-1 --insecure"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,8 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Rank 0 of a job serves, all other ranks work, each with the same command line; which rank "
         f"a process has it learns from {ENVIRONMENT}, and where rank 0 is from MASTER_ADDR and "
         "MASTER_PORT or the launcher's own variables. Options are those of `dynacomm serve`; "
-        "workers take a port in --listen for theirs, and add -RANK to the name in --trace. With "
-        "--on ray one command starts all of them as actors on a Ray cluster."
+        "workers take a port in --listen for theirs, and add -RANK to the name in --trace: "
+        "`srun --ntasks 5 dynacomm launch --insecure --epochs 10`. With --on ray one command "
+        "starts all of them as actors on a Ray cluster."
     )
     parser.add_argument(
         "--on",

@@ -30,10 +30,16 @@ _COMMANDS = {
 }
 
 
+_CODES = (
+    "exit codes: 0 success, 1 a failure that standard error explains in a line, 2 a command line\n"
+    "that cannot be understood, 130 after Ctrl-C, 143 after SIGTERM"
+)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 0 only on success.
 
-    After Ctrl-C it is 130, after SIGTERM 143. Signals are seen to only where this is the program,
+    ``dynacomm --help`` lists the codes. Signals are seen to only where this is the program,
     that is without ``argv``.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -94,7 +100,9 @@ def _without_command(name: str) -> int:
         width = max(map(len, _COMMANDS))
         lines = [f"  {command.ljust(width)}  {what}" for command, what in _COMMANDS.items()]
         print("usage: dynacomm COMMAND [options]\n\ncommands:\n" + "\n".join(lines))
-        print("\n`dynacomm COMMAND --help` explains a command.  example: dynacomm demo")
+        print(
+            f"\n`dynacomm COMMAND --help` explains a command.  example: dynacomm demo\n\n{_CODES}"
+        )
         return 0 if name else 2
     from difflib import get_close_matches
 

@@ -57,16 +57,24 @@ def add_setting_arguments(parser: argparse.ArgumentParser, description: str | No
         help="rates that change with time since the link's start, such as 0s:100mbit,20s:20mbit; "
         "DOWN/UP in place of RATE sets the two directions apart",
     )
+    _add_fault_argument(parser)
+
+
+def _add_fault_argument(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "faults of the link",
+        "KIND is reset, cut, stall, slice, slow-close or down; WAY is up, down or both; WHEN is "
+        "bytes=N of a connection or time=T of the link. Behind it, with commas: every=, for=, "
+        "size=, seed=, connection=. As in reset:up@bytes=100000, stall:both@time=2s,for=3s, "
+        "cut:down@bytes=5000,connection=0, slice:down,size=7, slow-close:up,for=1s and "
+        "down@time=5s,for=2s,every=30s.",
+    )
     group.add_argument(
         "--fault",
         action="append",
         default=[],
         metavar="KIND:WAY@WHEN,...",
-        help="something that goes wrong, repeatable: reset, cut, stall, slice, slow-close or down; "
-        "up, down or both; at bytes=N of a connection or time=T of the link; every=, for=, size=, "
-        "seed=, connection=. Such as reset:up@bytes=100000, stall:both@time=2s,for=3s, "
-        "cut:down@bytes=5000,connection=0, slice:down,size=7, slow-close:up,for=1s, "
-        "down@time=5s,for=2s,every=30s",
+        help="something that goes wrong; may be given several times",
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 from dynacomm_async import __version__
 
 COMMANDS = ["demo", "serve", "work", "train", "compare", "plan", "sweep", "profile", "models"]
-COMMANDS += ["link"]
+COMMANDS += ["link", "launch", "export", "trace"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -73,11 +73,33 @@ def test_an_unknown_option_is_refused_with_a_hint(call, name):
         "plan": ["costs.json"],
         "sweep": ["costs.json"],
         "link": ["--listen", "a:1", "--to", "b:1"],
+        "export": ["run.npz", "--output", "run.safetensors"],
+        "trace": ["a.json", "--output", "b.json"],
     }
     outcome = call(name, *required.get(name, []), "--no-such-option")
     assert outcome.code == 2
     assert "--no-such-option" in outcome.complaint
     assert f"see dynacomm {name} --help" in outcome.complaint
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        (["--stpes", "3"], "unrecognized arguments: --stpes 3; did you mean --steps?; see"),
+        (["--rates=3", "--worker", "2"], "did you mean --rate and --workers?; see"),
+        (["3"], "unrecognized arguments: 3; see dynacomm train --help"),
+    ],
+)
+def test_a_misspelt_option_is_refused_with_what_was_meant(call, options, hint):
+    outcome = call("train", *options)
+    assert outcome.code == 2
+    assert hint in outcome.complaint
+
+
+def test_the_help_lists_the_exit_codes(call):
+    outcome = call("--help")
+    for code in ("0 success", "1 a failure", "2 a command line", "130 after", "143 after"):
+        assert code in outcome.out
 
 
 def test_options_cannot_be_abbreviated(call):
