@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dynacomm_async.errors import ConfigError, LocalProtocolError
 
-__all__ = ["Structure", "check_model", "check_parameters"]
+__all__ = ["Structure", "check_devices", "check_model", "check_parameters"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -81,11 +81,16 @@ def check_parameters(model: nn.Module) -> None:
                 "float32, float16 or bfloat16 tensor, since float32 is transported; "
                 "call model.float(), or freeze the parameter"
             )
-    _check_devices(trained)
+    check_devices(trained)
     _check_aliases(trained)
 
 
-def _check_devices(trained: Iterable[tuple[str, nn.Parameter]]) -> None:
+def check_devices(trained: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Refuse a model of several devices, each of which has a thread for its backward pass.
+
+    Raises:
+        ConfigError: the sentence names a parameter on each.
+    """
     first: dict[torch.device, str] = {}
     for name, parameter in trained:
         first.setdefault(parameter.device, name)

@@ -221,7 +221,8 @@ class TorchStep:
     def accumulated(self, index: int) -> None:
         """Backward has added a gradient to a parameter's, the last one of this pass."""
         place = self._places.parameters[index]
-        if self._unread[place.slot.layer] and not self.abandoned:
+        layer = place.slot.layer
+        if (self._unread[layer] or not self._arrived[layer]) and not self.abandoned:
             raise LocalProtocolError(
                 f"step {self.index}: parameter {place.slot.name!r} yields a gradient, and no "
                 "module that read it before was called, so its value may have been read before it "

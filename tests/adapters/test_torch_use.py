@@ -6,6 +6,8 @@ import copy
 import io
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from dynacomm_async.worker import Step
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 from dynacomm_async.adapters.torch import TorchSession, layer_specs  # noqa: E402
+from dynacomm_async.adapters.torch_checks import check_devices  # noqa: E402
 
 nn, F = torch.nn, torch.nn.functional
 
@@ -243,9 +246,8 @@ def test_attention_evaluates_by_its_fast_path_from_values_that_are_here(make_run
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # compiling has much to say
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_module_compiled_in_place_trains_to_the_same_bits_in_pieces_that_stay(
-    backend, small, start_server, check_same
+    small, start_server, check_same
 ):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -253,7 +255,7 @@ def test_a_module_compiled_in_place_trains_to_the_same_bits_in_pieces_that_stay(
 
     def compiled():
         model = make()
-        model.compile(backend=backend)
+        model.compile(backend="aot_eager")
         return model
 
     run.make, run.steps = compiled, 12
@@ -294,11 +296,46 @@ def by_hand_later(session, step, *, wait):
     train(session, step)
 
 
-def test_a_value_that_may_have_been_read_too_early_is_refused(make_run, start_server):
+@pytest.mark.parametrize("accumulating", [False, True])
+def test_a_value_that_may_have_been_read_too_early_is_refused(accumulating, make_run, start_server):
+    def body(session, step):
+        with step.accumulate() if accumulating else nullcontext():
+            by_hand_later(session, step, wait=False)
+
     run = make_run(seeded(Changing), vector_loss, vectors(0, 0), steps=3)
     server = start_server(None, workers=1, steps=3)
     with pytest.raises(LocalProtocolError, match=r"step 1: parameter 'last.weight' yields a grad"):
-        run.work(server.address, lambda *args: by_hand_later(*args, wait=False))
+        run.work(server.address, body)
+
+
+class Encoding(nn.Module):
+    """Used by a method of its own, which reads a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.scale = nn.Linear(5, 4), nn.Parameter(torch.ones(4))
+
+    def encode(self, x):
+        return self.first(x) * self.scale
+
+
+@pytest.mark.usefixtures("poison")
+def test_methods_beside_forward_read_their_own_parameters_after_a_wait(
+    make_run, start_server, check_same
+):
+    def loss(model, step, rank):
+        return model.encode(vectors(step, rank)).square().mean()
+
+    def waiting(session, step):
+        step.wait()
+        loss(session.model, step.index, session.slot).backward()
+
+    run = make_run(seeded(Encoding), loss, lambda model: model.encode(vectors(0, 0)), steps=3)
+    with pytest.raises(LocalProtocolError, match=r"step 0: parameter 'scale' yields a gradient"):
+        run.work(start_server(None, workers=1, steps=3).address)
+    sessions, _ = run.train(start_server, body=waiting, strategy="layerwise")
+
+    check_same(sessions, run.replay(2))
 
 
 @pytest.mark.usefixtures("poison")
@@ -558,6 +595,14 @@ def test_models_that_cannot_be_trained_are_refused_by_name(make, words):
         TorchSession("127.0.0.1:1", make())
 
 
+def test_a_model_on_several_devices_is_refused_by_name():
+    """Where they are is all that is asked, so that no such devices are needed here."""
+    trained = [(name, SimpleNamespace(device=name[:6])) for name in ("cuda:0.a", "cuda:0.b", "cpu")]
+    check_devices(trained[:2])
+    with pytest.raises(ConfigError, match=r"spread over devices \('cuda:0.a' on cuda:0, 'cpu' on"):
+        check_devices(trained)
+
+
 DISTRIBUTED = """
 import torch
 from torch import distributed, nn
@@ -584,7 +629,7 @@ distributed.destroy_process_group()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.soak  # it takes twenty seconds where cores are busy; DataParallel goes the same way
 def test_models_of_pytorchs_own_distribution_are_refused_by_name():
     """In a process of its own, since gloo leaves sockets behind."""
     done = subprocess.run(
