@@ -262,7 +262,14 @@ def test_the_checkpoints_benchmark_saves_a_model_with_its_momentum():
     found = json.loads(run_demo("benchmarks/checkpoints.py", "--quick", "--json"))
 
     assert found["saving"]["nbytes"] > 2 * 10 * 2**20
-    assert [row["rule"] for row in found["checking"]] == ["sgd", "momentum", "adam"] * 2
+
+
+def test_the_poison_benchmark_measures_every_rule_and_number_of_workers():
+    rows = json.loads(run_demo("benchmarks/poison.py", "--quick", "--json"))["rows"]
+
+    assert [row["rule"] for row in rows] == ["sgd", "momentum", "adam"] * 4
+    assert [row["workers"] for row in rows[::3]] == [1, 2, 4, 8]
+    assert all(ratio > 0 for row in rows for ratio in row["ratios"].values())
 
 
 @pytest.mark.slow

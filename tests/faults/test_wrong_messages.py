@@ -160,7 +160,6 @@ async def test_strangers_of_another_run_or_model_are_told_so_and_the_run_waits_f
             told, _ = await raw.read()
             assert isinstance(told, Error)
             assert told.code == code
-            await raw.read_to_end()
         assert everything() == before
         async with connect_raw(server.address) as raw:
             await raw.join(toy.grid)
