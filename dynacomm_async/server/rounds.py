@@ -13,6 +13,8 @@ whom. One who is *held* is waited for instead, until a replacement takes the slo
 who has the clock, gives up and calls :meth:`Rounds.leave`. The replacement needs all of v too, so
 it must come before a cell is complete, which a *barrier* puts off: nothing is complete before all
 is. With a *quorum* of k, the first k whole contributions of a step count, behind the same barrier.
+One whose gradients are *refused* takes no part in the rest of the step: what has been applied stays,
+unless the caller can undo it and says so (:meth:`Rounds.undo`).
 
 :class:`StaleRounds` has no common step: whatever arrives is applied, each member has a clock that
 counts its own steps, and nobody is more than the bound ahead of the slowest.
@@ -75,6 +77,7 @@ class Rounds:
         self._counted: tuple[int, ...] | None = None  # with a quorum: whose contributions count
         self._whole: list[int] = []  # with a quorum: who has pushed everything, in that order
         self._skipped = [-1] * n_slots  # the last step that each was told to skip
+        self._refused: set[int] = set()  # members whose contributions to the step are refused
         self._n_applied = 0  # cells that have moved on to step + 1
         self._begin()
 
@@ -91,7 +94,9 @@ class Rounds:
     def short(self) -> int:
         """How many newcomers it takes for the step to end: nobody, or too few, are left in it."""
         if self._quorum is not None:
-            return max(0, self._quorum - len(self._live.union(self._whole)))
+            return max(0, self._needed - len(self._live.union(self._whole)))
+        if self.upcoming is not None:
+            return 0
         return int(not self._live and not any(self._n_arrived))
 
     @property
@@ -135,10 +140,10 @@ class Rounds:
             return
         self._present.add(slot)
         if self._quorum is not None:
-            if self._counted is None and not whole:
+            if self._counted is None and not whole and slot not in self._refused:
                 self._forget(slot)
                 self._live.add(slot)
-        elif not self._live and not any(self._n_arrived):
+        elif self.upcoming is None and not self._live and not any(self._n_arrived):
             self._begin()
 
     def hold(self, slot: int) -> None:
@@ -173,12 +178,34 @@ class Rounds:
         self._live.remove(slot)
         if self._quorum is not None:
             return []
-        if not self._live and not any(self._n_arrived):
+        if not self._live and not self._refused and not any(self._n_arrived):
             self._begin()
             return []
-        missing = ~self._arrived[slot]
-        self._owed[missing] -= 1
-        return self._complete(_runs(missing & (self._owed == 0), 0))
+        return self._settle_without(slot)
+
+    def refuse(self, slot: int) -> list[Range]:
+        """The member's gradients of this step do not count, whatever of them has arrived or comes.
+
+        What has been applied already stays, see :meth:`undo`. The member is to skip the step, and
+        takes part in the next one.
+
+        Returns:
+            the cells that are complete because of that; those that were stay so, without it.
+        """
+        self._check_present(slot)
+        self._skipped[slot] = self.step
+        if slot not in self._live:
+            return []
+        self._live.remove(slot)
+        self._refused.add(slot)
+        settled = [] if self._quorum is not None else self._settle_without(slot)
+        self._arrived[slot] = False
+        self._n_arrived[slot] = 0
+        return settled if self._quorum is None else self._close_at_quorum()
+
+    def undo(self) -> None:
+        """Nothing of the step has been applied after all: its complete cells are to be, again."""
+        self._n_applied = 0
 
     # -- what they push --
 
@@ -238,15 +265,6 @@ class Rounds:
             return [Range(0, len(self._owed))]
         return _runs(self._arrived[slot], 0)
 
-    def withdraw(self, slot: int) -> None:
-        """Take back what has arrived in this slot: a new member in it will push the step anew.
-
-        Only while no cell of the step is complete, and without a quorum.
-        """
-        self._owed[self._arrived[slot]] += 1
-        self._arrived[slot] = False
-        self._n_arrived[slot] = 0
-
     def skips(self, slot: int) -> int:
         """Return the last step that the member in this slot is to skip, or -1."""
         return self._skipped[slot]
@@ -297,6 +315,7 @@ class Rounds:
         self.upcoming = None
         self._counted = None
         self._whole.clear()
+        self._refused.clear()
         self._n_applied = 0
         self._arrived[:] = False
         self._n_arrived = [0] * len(self._n_arrived)
@@ -312,6 +331,19 @@ class Rounds:
         self._arrived[slot] = False
         self._n_arrived[slot] = 0
 
+    def _settle_without(self, slot: int) -> list[Range]:
+        """Nobody waits for what this slot has not pushed."""
+        missing = ~self._arrived[slot]
+        self._owed[missing] -= 1
+        return self._complete(_runs(missing & (self._owed == 0), 0))
+
+    @property
+    def _needed(self) -> int:
+        """Whole contributions that make this step: the quorum, less the refused if they lack."""
+        assert self._quorum is not None
+        lacking = max(0, self._quorum - len(self._live.union(self._whole)))
+        return self._quorum - min(lacking, len(self._refused))
+
     def _complete(self, settled: list[Range]) -> list[Range]:
         """Return what is complete now that nobody is left to push these cells."""
         self._n_owed -= sum(count for _, count in settled)
@@ -320,7 +352,7 @@ class Rounds:
         return self._freeze(settled)
 
     def _close_at_quorum(self) -> list[Range]:
-        if len(self._whole) != self._quorum:
+        if self._counted is not None or len(self._whole) < self._needed:
             return []
         self._counted = tuple(sorted(self._whole))
         for slot in range(len(self._skipped)):

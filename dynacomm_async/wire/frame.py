@@ -50,6 +50,8 @@ class MessageKind(IntEnum):
     LEAVE = 10
     RESUME = 11
     HAVE = 12
+    SKIP = 13
+    SUBSCRIBE = 14
 
 
 HELLO_LIMIT = 4096
@@ -61,6 +63,7 @@ MAX_HEADER_NBYTES = dict.fromkeys(MessageKind, 1 << 20) | {
     MessageKind.END: 256,
     MessageKind.ERROR: 4096,
     MessageKind.LEAVE: 256,
+    MessageKind.SKIP: 4096,
 }
 """Bytes of the longest header of each kind. One mebibyte holds a plan of 35,000 segments."""
 

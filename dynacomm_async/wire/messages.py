@@ -15,8 +15,9 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import msgpack
 
-from dynacomm_async.errors import RemoteProtocolError, ShapeError
+from dynacomm_async.errors import ConfigError, RemoteProtocolError, ShapeError
 from dynacomm_async.ranges import Range
+from dynacomm_async.split import Split
 from dynacomm_async.wire.frame import MessageKind, Prefix
 from dynacomm_async.wire.grid import MAX_FLOATS, LayerSpec
 
@@ -38,6 +39,8 @@ __all__ = [
     "Parameters",
     "Report",
     "Resume",
+    "Skip",
+    "Subscribe",
     "Subscription",
     "Timing",
     "Welcome",
@@ -55,6 +58,7 @@ _MAX_ERROR_TEXT = 800
 """Characters; at four bytes each they fit into the limit on an error's header."""
 
 _SUBSCRIPTION = "[version, barrier, messages] or [version, policy]"
+_SPLIT = "[blocks, members, step, epoch, position]"
 _POLICY = "[cap or nil, threshold, whole layers, one layer]"
 
 Ranges: TypeAlias = tuple[Range, ...]
@@ -176,6 +180,8 @@ class Welcome:
             otherwise it joins.
         silence_ms: how long either end may hear nothing before it gives the connection up; 0: for
             ever.
+        split: among whom the data are divided, where members may come and go; None: among all
+            ranks, throughout.
     """
 
     kind: ClassVar[MessageKind] = MessageKind.WELCOME
@@ -192,6 +198,7 @@ class Welcome:
     incarnation: int = 0
     resumed: bool = False
     silence_ms: int = 0
+    split: Split | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,12 +260,19 @@ class Parameters:
     """Cells at ``version``. Payload: float32, range after range.
 
     They also say that this worker's gradients of the step before have arrived.
+
+    Attributes:
+        version: of the cells.
+        ranges: the cells.
+        timing: what only the server could see of the step before.
+        split: among whom the data are divided from the step ``version`` on, where that is news.
     """
 
     kind: ClassVar[MessageKind] = MessageKind.PARAMETERS
     version: int
     ranges: Ranges
     timing: Timing | None = None
+    split: Split | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,6 +336,32 @@ class Leave:
     kind: ClassVar[MessageKind] = MessageKind.LEAVE
 
 
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """This worker's gradients do not count, up to and including those of a step.
+
+    It sends no more of them, and goes on with the step after it.
+
+    Attributes:
+        step: the last one.
+        code: why, for programs.
+        text: why, for people.
+    """
+
+    kind: ClassVar[MessageKind] = MessageKind.SKIP
+    step: int
+    code: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Subscribe:
+    """What a worker says that skips a step: the gradients that would have said it do not come."""
+
+    kind: ClassVar[MessageKind] = MessageKind.SUBSCRIBE
+    subscription: Subscription
+
+
 Message: TypeAlias = (
     Hello
     | Welcome
@@ -335,6 +375,8 @@ Message: TypeAlias = (
     | End
     | Error
     | Leave
+    | Skip
+    | Subscribe
 )
 
 
@@ -398,6 +440,7 @@ def _encode_welcome(m: Welcome) -> tuple[int, Header]:
         "incarnation": m.incarnation,
         "resumed": m.resumed,
         "silence_ms": m.silence_ms,
+        "split": _split_row(m.split),
     }
 
 
@@ -428,6 +471,8 @@ def _encode_parameters(m: Parameters) -> tuple[int, Header]:
     if m.timing is not None:
         timing = m.timing
         header["timing"] = [timing.arrivals, timing.wait_ns, timing.apply_ns, timing.last_slot]
+    if m.split is not None:
+        header["split"] = _split_row(m.split)
     return m.version, header
 
 
@@ -449,20 +494,39 @@ def _encode_end(m: End) -> tuple[int, Header]:
 
 
 def _encode_error(m: Error) -> tuple[int, Header]:
-    text = m.text.encode("utf-8", "replace").decode()  # a lone surrogate cannot be sent
-    if len(text) > _MAX_ERROR_TEXT:
-        text = text[: _MAX_ERROR_TEXT - 3] + "..."
-    return 0, {"code": m.code, "text": text}
+    return 0, {"code": m.code, "text": _sendable(m.text)}
 
 
 def _encode_leave(m: Leave) -> tuple[int, Header]:
     return 0, {}
 
 
+def _encode_skip(m: Skip) -> tuple[int, Header]:
+    return m.step, {"code": m.code, "text": _sendable(m.text)}
+
+
+def _encode_subscribe(m: Subscribe) -> tuple[int, Header]:
+    return m.subscription.version, {"subscribe": _subscription_rows(m.subscription)}
+
+
+def _sendable(text: str) -> str:
+    """Return a text for people as it can be sent: cut to the limit, without lone surrogates."""
+    text = text.encode("utf-8", "replace").decode()
+    if len(text) > _MAX_ERROR_TEXT:
+        text = text[: _MAX_ERROR_TEXT - 3] + "..."
+    return text
+
+
 def _layer_rows(layers: tuple[LayerSpec, ...] | None) -> list[list[str | int]] | None:
     if layers is None:
         return None
     return [[spec.name, spec.count, spec.decay, spec.statistics] for spec in layers]
+
+
+def _split_row(split: Split | None) -> list[Any] | None:
+    if split is None:
+        return None
+    return [split.blocks, list(split.members), split.step, split.epoch, split.position]
 
 
 def _subscription_rows(subscription: Subscription) -> list[Any]:
@@ -501,6 +565,7 @@ def _decode_welcome(prefix: Prefix, header: Header) -> Welcome:
         incarnation=_count(header, "incarnation"),
         resumed=_truth(header, "resumed"),
         silence_ms=_count(header, "silence_ms"),
+        split=_split(header),
     )
 
 
@@ -541,7 +606,7 @@ def _decode_parameters(prefix: Prefix, header: Header) -> Parameters:
             tuple(_whole_numbers(arrival, 3, "arrivals") for arrival in row[0]),  # type: ignore[misc]
             *_whole_numbers(row[1:], 3, "timing"),
         )
-    return Parameters(prefix.step, _ranges(header.get("ranges")), timing)
+    return Parameters(prefix.step, _ranges(header.get("ranges")), timing, _split(header))
 
 
 def _decode_gradients(prefix: Prefix, header: Header) -> Gradients:
@@ -574,6 +639,17 @@ def _decode_error(prefix: Prefix, header: Header) -> Error:
 
 def _decode_leave(prefix: Prefix, header: Header) -> Leave:
     return Leave()
+
+
+def _decode_skip(prefix: Prefix, header: Header) -> Skip:
+    return Skip(prefix.step, _text(header, "code"), _text(header, "text"))
+
+
+def _decode_subscribe(prefix: Prefix, header: Header) -> Subscribe:
+    subscription = _subscription(header)
+    if subscription is None:
+        raise _wrong("subscribe", None, "the plan of the next parameters")
+    return Subscribe(subscription)
 
 
 def _wrong(name: str, value: object, expected: str) -> RemoteProtocolError:
@@ -659,6 +735,19 @@ def _subscription(header: Header) -> Subscription | None:
     return Subscription(version, tuple(_ranges(message) for message in messages), barrier)
 
 
+def _split(header: Header) -> Split | None:
+    row = header.get("split")
+    if row is None:
+        return None
+    if not isinstance(row, list) or len(row) != 5 or not isinstance(row[1], list):
+        raise _wrong("split", row, _SPLIT)
+    blocks, step, epoch, position = _whole_numbers([row[0], *row[2:]], 4, "split")
+    try:
+        return Split(blocks, _whole_numbers(row[1], len(row[1]), "members"), step, epoch, position)
+    except ConfigError as error:
+        raise RemoteProtocolError(f"split: {error}") from None
+
+
 def _policy(row: object) -> DownPolicy:
     if not isinstance(row, list) or len(row) != 4:
         raise _wrong("policy", row, _POLICY)
@@ -698,6 +787,8 @@ _ENCODERS: dict[MessageKind, Callable[[Any], tuple[int, Header]]] = {
     MessageKind.JOIN: _encode_join,
     MessageKind.RESUME: _encode_resume,
     MessageKind.HAVE: _encode_have,
+    MessageKind.SKIP: _encode_skip,
+    MessageKind.SUBSCRIBE: _encode_subscribe,
     MessageKind.INITIAL: _encode_initial,
     MessageKind.PARAMETERS: _encode_parameters,
     MessageKind.GRADIENTS: _encode_gradients,
@@ -713,6 +804,8 @@ _DECODERS: dict[MessageKind, Callable[[Prefix, Header], Message]] = {
     MessageKind.JOIN: _decode_join,
     MessageKind.RESUME: _decode_resume,
     MessageKind.HAVE: _decode_have,
+    MessageKind.SKIP: _decode_skip,
+    MessageKind.SUBSCRIBE: _decode_subscribe,
     MessageKind.INITIAL: _decode_initial,
     MessageKind.PARAMETERS: _decode_parameters,
     MessageKind.GRADIENTS: _decode_gradients,

@@ -34,7 +34,7 @@ class State(Enum):
 
     NEW = "new"
     GREETED = "greeted"  # worker: hello sent; server: welcome sent
-    MEMBER = "member"  # worker: join or resume sent; server: have or first parameters sent
+    MEMBER = "member"  # worker: join or resume sent; server: have, skip or first parameters sent
     ENDED = "ended"  # nothing may follow
 
     __hash__ = object.__hash__
@@ -56,11 +56,14 @@ _TABLE: dict[tuple[Role, State, Kind], _Row] = {
     (Role.WORKER, State.MEMBER, Kind.INITIAL): (frozenset({State.GREETED}), State.MEMBER),
     (Role.WORKER, State.MEMBER, Kind.HEARTBEAT): (_ANY, State.MEMBER),
     (Role.WORKER, State.MEMBER, Kind.GRADIENTS): (_MEMBER, State.MEMBER),
+    (Role.WORKER, State.MEMBER, Kind.SUBSCRIBE): (_MEMBER, State.MEMBER),
     (Role.SERVER, State.NEW, Kind.WELCOME): (_GREETED, State.GREETED),
     (Role.SERVER, State.GREETED, Kind.HEARTBEAT): (_ANY, State.GREETED),
     (Role.SERVER, State.GREETED, Kind.HAVE): (_MEMBER, State.MEMBER),
     (Role.SERVER, State.GREETED, Kind.PARAMETERS): (_MEMBER, State.MEMBER),
+    (Role.SERVER, State.GREETED, Kind.SKIP): (_MEMBER, State.MEMBER),
     (Role.SERVER, State.MEMBER, Kind.PARAMETERS): (_MEMBER, State.MEMBER),
+    (Role.SERVER, State.MEMBER, Kind.SKIP): (_MEMBER, State.MEMBER),
     (Role.SERVER, State.MEMBER, Kind.HEARTBEAT): (_ANY, State.MEMBER),
     (Role.SERVER, State.MEMBER, Kind.END): (_ANY, State.ENDED),
 }

@@ -74,6 +74,7 @@ class Model:
     complete: set = field(default_factory=set)
     upcoming: set | None = None
     skipped: dict = field(default_factory=dict)
+    refused: set = field(default_factory=set)
     applied: set = field(default_factory=set)
 
     def __post_init__(self):
@@ -87,15 +88,21 @@ class Model:
             self.owing = set(self.present)
         self.pushed = {slot: set() for slot in range(self.n_slots)}
         self.whole, self.complete, self.applied, self.upcoming = [], set(), set(), None
+        self.refused = set()
 
     def now_complete(self):
         everything = set(range(N_CELLS))
-        if not any(self.pushed.values()):
+        if not any(self.pushed.values()) and not self.refused:
             return set()
         if self.quorum is not None:
-            return everything if len(self.whole) >= self.quorum else set()
+            return everything if len(self.whole) >= self.needed() else set()
         done = {c for c in everything if all(c in self.pushed[slot] for slot in self.owing)}
         return done if not self.barrier or done == everything else set()
+
+    def needed(self):
+        """The quorum; where refusals have made it impossible, whoever is left."""
+        possible = len(self.owing | set(self.whole))
+        return max(min(self.quorum, possible), self.quorum - len(self.refused))
 
     def newly_complete(self):
         new = self.now_complete() - self.complete
@@ -131,10 +138,10 @@ class Model:
             return
         self.present.add(slot)
         if self.quorum is not None:
-            if not self.complete and not everything:
+            if not self.complete and not everything and slot not in self.refused:
                 self.owing.add(slot)
                 self.pushed[slot] = set()
-        elif not self.owing and not any(self.pushed.values()):
+        elif not self.complete and not self.owing and not any(self.pushed.values()):
             self.begin()
 
     def hold(self, slot):
@@ -148,8 +155,17 @@ class Model:
         self.held.discard(slot)
         was_in = slot in self.owing
         self.owing.discard(slot)
-        if was_in and self.quorum is None and not self.owing and not any(self.pushed.values()):
+        nothing = not self.refused and not any(self.pushed.values())
+        if was_in and self.quorum is None and not self.owing and nothing:
             self.begin()
+        return self.newly_complete()
+
+    def refuse(self, slot):
+        self.skipped[slot] = self.step
+        if slot in self.owing:
+            self.owing.remove(slot)
+            self.refused.add(slot)
+            self.pushed[slot] = set()
         return self.newly_complete()
 
     def push(self, slot, step, cells):
@@ -186,6 +202,7 @@ class Synchronous(RuleBasedStateMachine):
         self.former = []
         self.contributions = np.zeros((n_slots, N_CELLS), np.float32)
         self.arena = np.zeros(N_CELLS, np.float32)
+        self.boundary = self.arena.copy()  # what it was when the step began
         self.under_way = {}  # slot -> message whose payload is arriving
         self.queue = []  # complete cells that have not been applied
         self.accepted = []  # (seat, step, cell) of pushes that arrived whole and counted
@@ -360,6 +377,28 @@ class Synchronous(RuleBasedStateMachine):
             with pytest.raises(RemoteProtocolError, match="takes no part"):
                 self.rounds.check(slot, self.model.step, [Range(0, 1)])
 
+    @precondition(lambda self: self.may_push())
+    @rule(data=st.data(), undo=st.booleans())
+    def refuse(self, data, undo):
+        """Poison in somebody's gradients; with ``undo`` the step is applied anew without them."""
+        slot = self.slot_of(data, self.may_push())
+        step, before = self.rounds.step, self.model.applied
+        if undo and before:
+            kept = [entry for entry in self.history if entry[0] != step]
+            self.history = kept
+            self.arena[:] = self.boundary
+            self.rounds.undo()
+            self.model.applied = set()
+            self.queue += as_ranges(before)
+        self.take(self.rounds.refuse(slot), self.model.refuse(slot))
+        for former in [seat for seat, of, _ in self.accepted if of == step and seat.slot == slot]:
+            used = {(cell, slot) for of, cell, slots in self.history if of == step and slot in slots}
+            self.accepted = [
+                (seat, of, cell)
+                for seat, of, cell in self.accepted
+                if (seat, of) != (former, step) or (cell, slot) in used
+            ]
+
     # -- the server applies --
 
     @precondition(lambda self: self.queue)
@@ -381,6 +420,8 @@ class Synchronous(RuleBasedStateMachine):
                     joined += self.contributions[slot, start:stop]
                 self.arena[start:stop] -= RATE * (joined / np.float32(len(slots)))
         ended = self.rounds.apply(cells)
+        if ended:
+            self.boundary = self.arena.copy()
         assert ended == self.model.apply(set(cells_of([cells])))
         assert self.rounds.step == step + ended
         assert not ended or not self.queue
@@ -403,8 +444,8 @@ class Synchronous(RuleBasedStateMachine):
             next_too = inside and slot in (model.upcoming or ())
             assert rounds.takes_part(slot, model.step + 1) == next_too
             assert rounds.skips(slot) == model.skipped.get(slot, -1)
-        idle = not model.owing and not any(model.pushed.values())
-        missing = (model.quorum or 0) - len(model.owing | set(model.whole))
+        idle = not model.complete and not model.owing and not any(model.pushed.values())
+        missing = model.quorum and model.needed() - len(model.owing | set(model.whole))
         assert rounds.short == (max(0, missing) if model.quorum else idle)
 
     @invariant()

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import strategies as st
 
 from dynacomm_async.ranges import Range
+from dynacomm_async.split import Split
 from dynacomm_async.wire import (
     Decoder,
     DownPolicy,
@@ -27,6 +28,8 @@ from dynacomm_async.wire import (
     Received,
     Report,
     Resume,
+    Skip,
+    Subscribe,
     Subscription,
     Timing,
     Welcome,
@@ -60,6 +63,16 @@ plain = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
     max_leaves=6,
 )
+splits = st.sets(numbers, min_size=1, max_size=4).flatmap(
+    lambda members: st.builds(
+        Split,
+        st.integers(len(members), 2**53),
+        st.just(tuple(sorted(members))),
+        versions,
+        numbers,
+        numbers,
+    )
+)
 arrivals = st.lists(st.tuples(numbers, numbers, numbers), max_size=3).map(tuple)
 losses = st.none() | st.floats(allow_nan=False)
 
@@ -80,6 +93,7 @@ MESSAGES: st.SearchStrategy[Message] = st.one_of(
         incarnation=numbers,
         resumed=st.booleans(),
         silence_ms=numbers,
+        split=st.none() | splits,
     ),
     st.builds(Resume, subscriptions, st.just(()) | ranges),
     st.builds(Have, versions, st.just(()) | ranges),
@@ -90,6 +104,7 @@ MESSAGES: st.SearchStrategy[Message] = st.one_of(
         versions,
         ranges,
         st.none() | st.builds(Timing, arrivals, numbers, numbers, numbers),
+        st.none() | splits,
     ),
     st.builds(
         Gradients,
@@ -102,6 +117,8 @@ MESSAGES: st.SearchStrategy[Message] = st.one_of(
     st.builds(End, versions),
     st.builds(Error, texts, texts),
     st.builds(Leave),
+    st.builds(Skip, versions, texts, texts),
+    st.builds(Subscribe, subscriptions),
 )
 
 

@@ -64,6 +64,7 @@ WELCOME = {
     "incarnation": 3,
     "resumed": False,
     "silence_ms": 15000,
+    "split": [9, [0, 2], 5, 1, 3],
 }
 JOIN = {"fingerprint": "f", "subscribe": [0, True, [[[0, 1]]]], "kernels": "", "layers": None}
 VALID: dict[MessageKind, dict[str, Any]] = {
@@ -71,7 +72,11 @@ VALID: dict[MessageKind, dict[str, Any]] = {
     MessageKind.WELCOME: WELCOME,
     MessageKind.JOIN: JOIN,
     MessageKind.INITIAL: {"ranges": [[0, 1]]},
-    MessageKind.PARAMETERS: {"ranges": [[0, 1]], "timing": [[[1, 2, 3]], 4, 5, 6]},
+    MessageKind.PARAMETERS: {
+        "ranges": [[0, 1]],
+        "timing": [[[1, 2, 3]], 4, 5, 6],
+        "split": [9, [1], 0, 0, 0],
+    },
     MessageKind.GRADIENTS: {"ranges": [[0, 1]], "subscribe": None, "report": [1.5, 3]},
     MessageKind.HEARTBEAT: {"number": 1, "reply": True, "clock_ns": 5},
     MessageKind.END: {},
@@ -79,6 +84,8 @@ VALID: dict[MessageKind, dict[str, Any]] = {
     MessageKind.LEAVE: {},
     MessageKind.RESUME: {"subscribe": [3, True, [[[0, 1]]]], "has": [[1, 2]]},
     MessageKind.HAVE: {"has": []},
+    MessageKind.SKIP: {"code": "c", "text": "t"},
+    MessageKind.SUBSCRIBE: {"subscribe": [3, True, [[[0, 1]]]]},
 }
 NOT_COUNTS = [None, -1, 1.0, "1", True, [], {}, b"1"]
 NOT_TEXTS = [None, 1, b"text", [], {}, False]
@@ -97,6 +104,11 @@ NOT_POLICIES = [
     True, [], [None, 0, True], [None, 0, True, True, 1], [0, 0, True, True], [1.0, 0, True, True],
     [None, -1, True, True], [None, None, True, True], [None, 0, 1, True], [None, 0, True, None],
     [True, 0, True, True],
+]  # fmt: skip
+NOT_SPLITS = [
+    7, "", {}, [], [9, [0], 0, 0], [9, [0], 0, 0, 0, 0], [9, 0, 0, 0, 0], [9, [0], 0, 0, -1],
+    [9, [0], 0, 0, None], [9.0, [0], 0, 0, 0], [9, [None], 0, 0, 0], [9, [-1], 0, 0, 0],
+    [9, [], 0, 0, 0], [9, [1, 0], 0, 0, 0], [9, [0, 0], 0, 0, 0], [1, [0, 1], 0, 0, 0],
 ]  # fmt: skip
 NOT_LAYERS = [7, "a", {}]
 NOT_LAYER_ROWS = [
@@ -151,6 +163,11 @@ WRONG_FIELDS: list[tuple[MessageKind, str, list[Any], str]] = [
     (MessageKind.HEARTBEAT, "clock_ns", NOT_COUNTS, "clock_ns is"),
     (MessageKind.ERROR, "code", NOT_TEXTS, "code is"),
     (MessageKind.ERROR, "text", NOT_TEXTS, "text is"),
+    (MessageKind.SKIP, "code", NOT_TEXTS, "code is"),
+    (MessageKind.SKIP, "text", NOT_TEXTS, "text is"),
+    (MessageKind.SUBSCRIBE, "subscribe", [None, *NOT_SUBSCRIPTIONS], "subscribe is"),
+    (MessageKind.WELCOME, "split", NOT_SPLITS, "(split|members)"),
+    (MessageKind.PARAMETERS, "split", NOT_SPLITS, "(split|members)"),
 ]
 
 
@@ -169,7 +186,7 @@ def test_a_malformed_field_is_refused_by_name(
 
 
 MISNAMED = {"has": "ranges"}
-OPTIONAL = {"run", "fingerprint", "member", "layers", "timing", "report", "subscribe"}
+OPTIONAL = {"run", "fingerprint", "member", "layers", "timing", "report", "subscribe", "split"}
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in VALID for name in VALID[kind]])
@@ -178,9 +195,10 @@ def test_a_missing_field_is_refused_by_name_unless_it_is_optional(
 ) -> None:
     header = {key: value for key, value in VALID[kind].items() if key != name}
     optional = {
-        MessageKind.WELCOME: {"layers"},
+        MessageKind.WELCOME: {"layers", "split"},
         MessageKind.JOIN: {"layers"},
         MessageKind.RESUME: set(),
+        MessageKind.SUBSCRIBE: set(),
     }.get(kind, OPTIONAL)
     if name in optional:
         assert decode_header(kind, header).kind is kind

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import dynacomm_async.wire
 from dynacomm_async.ranges import Range
+from dynacomm_async.split import Split
 from dynacomm_async.wire import (
     BACK_TO_BACK,
     CELL_FLOATS,
@@ -35,7 +36,9 @@ from dynacomm_async.wire import (
     Report,
     Resume,
     Role,
+    Skip,
     State,
+    Subscribe,
     Subscription,
     Timing,
     Welcome,
@@ -51,7 +54,7 @@ FULL = [
     Welcome(1, "r", 0, 1, 1, None, 0, 1, False),
     Join("f", Subscription(0, (RANGES,))),
     Initial(RANGES),
-    Parameters(1, RANGES, Timing()),
+    Parameters(1, RANGES, Timing(), Split(1, (0,))),
     Gradients(0, RANGES, Subscription(1, (RANGES,)), Report()),
     Heartbeat(1, True, 2),
     End(1),
@@ -59,6 +62,8 @@ FULL = [
     Leave(),
     Resume(Subscription(0, (RANGES,)), RANGES),
     Have(0, RANGES),
+    Skip(0, "c", "t"),
+    Subscribe(Subscription(0, (RANGES,))),
 ]
 
 
