@@ -83,6 +83,9 @@ class OrderedDispatcher:
         barrier: hand out nothing before the cells of all messages are ready.
         skip: cells that are at the other end already; no message holds them.
 
+    Attributes:
+        barrier: as given.
+
     Raises:
         PlanError: a message or range without cells, cells outside the model or in two messages.
     """
@@ -96,7 +99,7 @@ class OrderedDispatcher:
         skip: Iterable[Range] = (),
     ) -> None:
         self._messages = _without(messages, merge(skip))
-        self._barrier = barrier
+        self.barrier = barrier
         self._missing = [sum(part.count for part in message) for message in self._messages]
         self._n_missing = sum(self._missing)
         self._sent = 0
@@ -122,7 +125,7 @@ class OrderedDispatcher:
 
     def next(self) -> tuple[Range, ...] | None:
         """Return the message to send now and count it as sent; None: wait, or nothing is left."""
-        if self.done or (self._n_missing if self._barrier else self._missing[self._sent]):
+        if self.done or (self._n_missing if self.barrier else self._missing[self._sent]):
             return None
         message = self._messages[self._sent]
         self._sent += 1

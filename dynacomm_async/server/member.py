@@ -16,6 +16,7 @@ from dynacomm_async.schedule.dispatch import (
     PriorityDispatcher,
 )
 from dynacomm_async.schedule.layout import Layout
+from dynacomm_async.split import Split
 from dynacomm_async.transport.channel import Channel
 from dynacomm_async.transport.pulse import Pulse
 from dynacomm_async.wire.decoder import Arrival, Received
@@ -33,6 +34,8 @@ from dynacomm_async.wire.messages import (
     Message,
     Parameters,
     Resume,
+    Skip,
+    Subscribe,
     Subscription,
     Timing,
     Welcome,
@@ -48,18 +51,18 @@ _END_S = 120.0
 
 
 class Comeback(NamedTuple):
-    """What a member takes up its place with.
+    """What a member that is back is told.
 
     Attributes:
         grid: the cells of the model.
-        have: what has arrived of its gradients; None, or nothing: they are all to come.
-        ready: parameter cells that exist in the version that it subscribes to.
+        have: what has arrived of its gradients.
+        skip: what has been decided without it; None: nothing.
         ending: what to say once it has got the rest; None: training goes on.
     """
 
     grid: Grid
-    have: Have | None = None
-    ready: Sequence[Range] = ()
+    have: Have
+    skip: Skip | None = None
     ending: End | None = None
 
 
@@ -70,12 +73,28 @@ class Run(Protocol):
         """Hold a rank for a stranger; raises :class:`Refusal`."""
         ...
 
-    def join(self, member: Member, join: Join) -> Comeback:
-        """Take a greeted stranger in; raises :class:`Refusal`."""
+    def join(self, member: Member, join: Join) -> Grid:
+        """Make sure that a greeted stranger fits; raises :class:`Refusal`."""
+        ...
+
+    def joined(self, member: Member) -> None:
+        """A member has taken its place, and its subscription is known; raises :class:`Refusal`."""
         ...
 
     def resume(self, member: Member, resume: Resume) -> Comeback:
         """Take a member back; raises RemoteProtocolError."""
+        ...
+
+    def counts(self, member: Member, gradients: Gradients) -> bool:
+        """Whether gradients are not to be dropped; raises RemoteProtocolError."""
+        ...
+
+    def ready(self, member: Member, version: int) -> Sequence[Range]:
+        """Return the parameter cells that may go out to a member as those of a version."""
+        ...
+
+    def split_of(self, version: int) -> Split | None:
+        """Return among whom the data of a step are divided, where that may change."""
         ...
 
     def place(self, member: Member, message: Initial | Gradients) -> Sequence[memoryview]:
@@ -128,6 +147,7 @@ class Member:
         said_leave: whether it has left in order.
         said_end: whether everything has been sent to it, up to the end of the run.
         subscribed: the version of its latest subscription.
+        sent: the highest version of which anything was sent to it.
     """
 
     def __init__(
@@ -143,12 +163,16 @@ class Member:
         self.slot: int | None = None
         self.joined = False
         self.subscribed = -1
+        self.sent = -1
         self.resumed = False
         self.said_leave = False
         self.said_end = False
         self._grid: Grid | None = None
         self._greeting: Welcome | None = None  # still to be sent, like the next one
         self._have: Have | None = None
+        self._skip: Skip | None = None
+        self._split: Split | None = None  # as it was told
+        self._waits = True  # for training to begin with it: its subscription is to no version yet
         self._answer: Heartbeat | None = None
         self._pulse: Pulse | None = None
         self._silence_ms = 0
@@ -157,7 +181,7 @@ class Member:
         self._timing: Timing | None = None
         self._arrivals: list[tuple[int, int, int]] = []
         self._last_arrival_ns = 0
-        self._ending: Message | None = None
+        self._ending: End | Error | None = None
         self._wake = asyncio.Event()
         self._over = asyncio.get_running_loop().create_future()
         self._downlink = asyncio.create_task(self._send_all(), name="downlink")
@@ -168,11 +192,36 @@ class Member:
 
     # -- what the run tells it --
 
+    @property
+    def has_barrier(self) -> bool:
+        """Whether nothing of the version that it subscribes to goes out before all of it exists."""
+        dispatcher = self._dispatcher
+        return isinstance(dispatcher, OrderedDispatcher) and dispatcher.barrier
+
+    def begin(self, version: int) -> None:
+        """Training begins with this member: its subscription is to this version."""
+        self._waits = False
+        self.subscribed = version
+        self.make_ready()
+
     def cells_ready(self, cells: Range, version: int) -> None:
         """Let cells that have reached ``version`` go out, as the subscription has it."""
-        if self._dispatcher is not None and self.subscribed == version:
+        if self._dispatcher is not None and self.subscribed == version and not self._waits:
             self._dispatcher.ready(cells.first, cells.count)
             self._wake.set()
+
+    def make_ready(self) -> None:
+        """Let everything go out that exists of what it subscribes to, and may."""
+        if not self._waits:
+            for cells in self._run.ready(self, self.subscribed):
+                self.cells_ready(cells, self.subscribed)
+
+    def skip(self, skip: Skip) -> None:
+        """Tell it that it computes in vain; from here on it gets what comes after."""
+        self._skip = skip
+        if self.subscribed <= skip.step:
+            self._dispatcher = None  # until it has subscribed anew
+        self._wake.set()
 
     def set_timing(self, wait_ns: int, apply_ns: int, last_slot: int) -> None:
         """Take note of what only the server saw; the next parameters carry it."""
@@ -205,7 +254,7 @@ class Member:
         if isinstance(message, Gradients | Initial):
             if not self.joined:
                 raise RemoteProtocolError(f"{message.kind.name} from a stranger")
-            if isinstance(message, Gradients):
+            if isinstance(message, Gradients) and self._run.counts(self, message):
                 self._check_subscription(message)
             return self._run.place(self, message)
         return ()
@@ -225,6 +274,7 @@ class Member:
                     self._wake.set()
             elif isinstance(message, Hello):
                 self._greeting = self._run.greet(self, message)
+                self._split = self._greeting.split
                 self._silence_ms = self._greeting.silence_ms
                 self.resumed = self._greeting.resumed
                 self._wake.set()
@@ -232,10 +282,14 @@ class Member:
                 loop = asyncio.get_running_loop()
                 self._deadline = loop.call_later(self._join_deadline_s, self._expire, "join")
             elif isinstance(message, Join):
-                self._take_place(message.subscription, (), self._run.join(self, message))
+                self._grid = self._run.join(self, message)
+                self._take_place(message.subscription)
+                self._run.joined(self)
             elif isinstance(message, Resume):
-                subscription, has = message.subscription, message.has
-                self._take_place(subscription, has, self._run.resume(self, message))
+                self._take_up(message, self._run.resume(self, message))
+            elif isinstance(message, Subscribe):
+                if message.subscription.version > self.subscribed:
+                    self.subscribe(message.subscription)
             elif isinstance(message, Initial):
                 self._run.initial_arrived(self, message)
             elif isinstance(message, Leave):
@@ -257,20 +311,20 @@ class Member:
 
     # -- the rest --
 
-    def _take_place(
-        self, subscription: Subscription, has: Sequence[Range], comeback: Comeback
-    ) -> None:
-        self._grid = comeback.grid
+    def _take_place(self, subscription: Subscription, has: Sequence[Range] = ()) -> None:
         self.joined = True
         self._disarm()
         self.subscribe(subscription, has)
-        have = comeback.have
-        if have is not None and (self.resumed or have.has):
-            self._have = have
-        for cells in comeback.ready:
-            self.cells_ready(cells, subscription.version)
-        self._ending = self._ending or comeback.ending
         self._pulse = Pulse(self.channel, self._silence_ms / 1000, self._beat)
+
+    def _take_up(self, resume: Resume, comeback: Comeback) -> None:
+        self._grid = comeback.grid
+        self._have = comeback.have
+        self._waits = False
+        self._take_place(resume.subscription, resume.has)
+        if comeback.skip is not None:
+            self.skip(comeback.skip)
+        self._ending = self._ending or comeback.ending
         self._wake.set()
 
     def _beat(self) -> None:
@@ -294,6 +348,7 @@ class Member:
             None if subscription.policy is None else subscription.policy.cap_nbytes
         )
         self.subscribed = subscription.version
+        self.make_ready()
 
     def _check_subscription(self, gradients: Gradients) -> None:
         """The first message of a step, and only that, subscribes to the next version."""
@@ -309,8 +364,9 @@ class Member:
             )
 
     def _take_gradients(self, gradients: Gradients, arrival: Arrival) -> None:
-        if gradients.subscription is not None:
-            self.subscribe(gradients.subscription)
+        subscription = gradients.subscription
+        if subscription is not None and subscription.version > self.subscribed:
+            self.subscribe(subscription)
         observation = arrival.observation(self._last_arrival_ns)
         if observation is not None:
             self._arrivals.append(observation)
@@ -367,6 +423,9 @@ class Member:
         if self._have is not None:
             have, self._have = self._have, None
             return have, ()
+        if self._skip is not None:
+            skip, self._skip = self._skip, None
+            return skip, ()
         if self._answer is not None:
             answer, self._answer = self._answer, None
             return answer, ()
@@ -374,14 +433,21 @@ class Member:
         if dispatcher is not None:
             ranges = dispatcher.next()
             if ranges is not None:
-                timing, self._timing = self._timing, None
-                message = Parameters(self.subscribed, tuple(ranges), timing)
-                return message, self._run.bytes_of(ranges)
+                return self._bind(tuple(ranges)), self._run.bytes_of(ranges)
             if not dispatcher.done:
                 return None, ()
-        if self._ending is not None:
+        if self._ending is not None and self.subscribed >= self._ending.version:
             return self._ending, (self._run.statistics_bytes(),)
         return None, ()
+
+    def _bind(self, ranges: tuple[Range, ...]) -> Parameters:
+        self.sent = self.subscribed
+        timing, self._timing = self._timing, None
+        split = self._run.split_of(self.subscribed)
+        if split == self._split:
+            return Parameters(self.subscribed, ranges, timing)
+        self._split = split
+        return Parameters(self.subscribed, ranges, timing, split)
 
     async def _say_goodbye(self, limit_s: float) -> None:
         """Leave the other side the time to read the last message before the connection ends."""

@@ -18,6 +18,11 @@ Without a common step each member's own pushes release its own parameters; then 
 
 Only the synchronous mode with a full roster promises the same bits for every strategy and every
 order of arrival.
+
+A quorum's steps are made of what comes first, so a member that is always last contributes nothing.
+Under staleness every contribution is an update of its own, at the full rate, where synchronous
+training makes one of their mean: N workers move about N times as far in a step, and a rate divided
+by N is where to begin.
 """
 
 from __future__ import annotations
@@ -31,8 +36,9 @@ from dynacomm_async.schedule.planners.table import CROSSING, PLANNERS, find_plan
 __all__ = ["ON_LEAVE", "Mode", "check_mode"]
 
 ON_LEAVE = ("end", "shrink", "wait")
-"""What becomes of training when a member leaves: it ends; it goes on with those who are left; it
-waits for a replacement, and goes on without when none comes in time."""
+"""What becomes of training when a member is gone for good: it ends; it goes on with those who are
+left, and newcomers may join; or the same, but the member's step can be computed anew by a newcomer
+for as long as its place is kept, and the place of one that left in order is kept too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +46,7 @@ class Mode:
     """How a run deals with members that are slow or gone.
 
     Attributes:
-        on_leave: one of :data:`ON_LEAVE`.
-        wait_s: how long ``wait`` waits.
+        on_leave: one of :data:`ON_LEAVE`; None: ``end`` in synchronous training, else ``shrink``.
         quorum: how many whole contributions make a step; None: every member's.
         staleness: how many steps a member may be ahead of the slowest, ``math.inf`` for
             asynchronous training; None: nobody is, training is synchronous.
@@ -50,16 +55,13 @@ class Mode:
         ConfigError: values that cannot be, or do not go together.
     """
 
-    on_leave: str = "end"
-    wait_s: float = 60.0
+    on_leave: str | None = None
     quorum: int | None = None
     staleness: float | None = None
 
     def __post_init__(self) -> None:
-        if self.on_leave not in ON_LEAVE:
+        if self.on_leave not in (None, *ON_LEAVE):
             raise ConfigError(f"on_leave is {self.on_leave!r}, expected {', '.join(ON_LEAVE)}")
-        if not 0 < self.wait_s < math.inf:
-            raise ConfigError(f"wait_s is {self.wait_s}, expected seconds above 0")
         if self.quorum is not None and self.quorum < 1:
             raise ConfigError(f"a quorum of {self.quorum}, expected at least 1")
         if self.staleness is not None and (
@@ -80,9 +82,25 @@ class Mode:
             )
 
     @property
+    def leaving(self) -> str:
+        """What a leaving does: one of :data:`ON_LEAVE`."""
+        loose = self.quorum is not None or self.staleness is not None
+        return self.on_leave or ("shrink" if loose else "end")
+
+    @property
     def barrier(self) -> bool:
         """Whether no parameter changes before the step is complete."""
-        return self.quorum is not None or (self.staleness is None and self.on_leave == "wait")
+        return self.quorum is not None or (self.staleness is None and self.leaving == "wait")
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the data are divided anew when members come and go."""
+        return self.quorum is None and self.staleness is None and self.leaving != "end"
+
+    @property
+    def may_cross(self) -> bool:
+        """Whether parameters of the next step can come down before a step is over."""
+        return not self.barrier and self.staleness != 0
 
 
 def check_mode(mode: Mode, strategy: str, *, workers: int) -> None:

@@ -1,4 +1,9 @@
-"""Who has which rank, who is away for a while, and who has come too late."""
+"""Who has which rank, who is away for a while, and who has come too late.
+
+A *term* numbers the memberships of a run and grows with each. Within a term each reconnect raises
+the number of the *connection*. Both only fence: what training counts is keyed (slot, step, cell),
+see :mod:`dynacomm_async.server.rounds`.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +31,10 @@ class Place:
         connection: number of the membership's latest connection; -1 before its first one here.
         member: that connection, or None while the member is away.
         peer: where it is, for people.
+        counted: whether training counts on the rank, be it for whoever had it before.
+        entered: whether training knows of this membership.
+        begun: whether its first parameters may go out to it, or did.
+        refusals: how many of its contributions were refused.
     """
 
     slot: int
@@ -33,6 +42,10 @@ class Place:
     connection: int = 0
     member: Member | None = None
     peer: str = "not seen since the server's restart"
+    counted: bool = False
+    entered: bool = False
+    begun: bool = False
+    refusals: int = 0
     _away: asyncio.TimerHandle | None = field(default=None, repr=False)
     _away_since: float = field(default=0.0, repr=False)
 
@@ -71,8 +84,9 @@ class Places:
 
     def __init__(self, n_slots: int, term: int = 0) -> None:
         self.term = term
-        self._n_slots = n_slots
+        self.n_slots = n_slots
         self._taken: dict[int, Place] = {}
+        self._expelled: dict[int, int] = {}  # by slot: the last term that was
 
     def __iter__(self) -> Iterator[Place]:
         return iter([self._taken[slot] for slot in sorted(self._taken)])
@@ -88,7 +102,11 @@ class Places:
     @property
     def free(self) -> list[int]:
         """Ranks that nobody has, ascending."""
-        return [slot for slot in range(self._n_slots) if slot not in self._taken]
+        return [slot for slot in range(self.n_slots) if slot not in self._taken]
+
+    def at(self, slot: int) -> Place | None:
+        """Return the place of a rank, or None while nobody has it."""
+        return self._taken.get(slot)
 
     @property
     def away(self) -> list[int]:
@@ -113,15 +131,19 @@ class Places:
 
     def take(self, slot: int, member: Member) -> Place:
         """Give a rank to a newcomer, under a new term, whoever may have had it before."""
+        former = self._taken.get(slot)
         self.release(slot)
         self.term += 1
-        place = self._taken[slot] = Place(slot, self.term, 0, member, member.channel.peer)
+        place = Place(slot, self.term, 0, member, member.channel.peer)
+        place.counted = former is not None and former.counted
+        self._taken[slot] = place
         return place
 
     def hold(self, slot: int, term: int) -> Place:
         """Keep a rank for a member of an earlier life of the server."""
         self.term = max(self.term, term)
-        place = self._taken[slot] = Place(slot, term, connection=-1)
+        place = Place(slot, term, connection=-1, counted=True, entered=True, begun=True)
+        self._taken[slot] = place
         return place
 
     def release(self, slot: int) -> None:
@@ -129,6 +151,11 @@ class Places:
         place = self._taken.pop(slot, None)
         if place is not None:
             place.stop_waiting()
+
+    def expel(self, place: Place) -> None:
+        """Nobody has the rank any more, and whoever had it is refused when it comes back."""
+        self._expelled[place.slot] = place.term
+        self.release(place.slot)
 
     def come_back(self, claimed: Membership, member: Member) -> Place | None:
         """Give a member its place back; None where nobody has it, and never had in this run.
@@ -140,10 +167,17 @@ class Places:
             the place; ``member`` of it is still the former connection, if there is one.
 
         Raises:
-            Refusal: another membership has it by now, or a later connection was here already.
+            Refusal: it was expelled, another membership has the place by now, or a later
+                connection was here already.
         """
+        if self._expelled.get(claimed.slot) == claimed.term:
+            raise Refusal(
+                "quarantined",
+                f"the gradients of rank {claimed.slot} (term {claimed.term}) were refused too "
+                "often; look at its data and its processor before it is started anew",
+            )
         place = self._taken.get(claimed.slot)
-        if place is None and 0 <= claimed.slot < self._n_slots:
+        if place is None and 0 <= claimed.slot < self.n_slots:
             return None
         if place is not None and not place.seen and place.term < claimed.term <= self.term:
             place.term = claimed.term

@@ -13,8 +13,8 @@ whom. One who is *held* is waited for instead, until a replacement takes the slo
 who has the clock, gives up and calls :meth:`Rounds.leave`. The replacement needs all of v too, so
 it must come before a cell is complete, which a *barrier* puts off: nothing is complete before all
 is. With a *quorum* of k, the first k whole contributions of a step count, behind the same barrier.
-One whose gradients are *refused* takes no part in the rest of the step: what has been applied stays,
-unless the caller can undo it and says so (:meth:`Rounds.undo`).
+One whose gradients are *refused* takes no part in the rest of the step: what has been applied
+stays, unless the caller can undo it and says so (:meth:`Rounds.undo`).
 
 :class:`StaleRounds` has no common step: whatever arrives is applied, each member has a clock that
 counts its own steps, and nobody is more than the bound ahead of the slowest.
@@ -22,7 +22,7 @@ counts its own steps, and nobody is more than the bound ahead of the slowest.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,6 +104,14 @@ class Rounds:
         """Whether a replacement can still take part in this step: no cell is complete."""
         return self.upcoming is None
 
+    def may_replace(self, slot: int) -> bool:
+        """Whether a newcomer into this slot, of a member that is lost, could begin at once.
+
+        Either the step can still be computed anew, or the lost one owes it nothing more.
+        """
+        owes = slot in self._live and self._n_arrived[slot] < len(self._owed)
+        return self.replaceable or not owes
+
     def takes_part(self, slot: int, step: int) -> bool:
         """Whether a member is in ``slot`` that this step, or the next, is to be sent to."""
         if slot not in self._present or slot in self._held:
@@ -177,7 +185,7 @@ class Rounds:
             return []
         self._live.remove(slot)
         if self._quorum is not None:
-            return []
+            return self._close_at_quorum()
         if not self._live and not self._refused and not any(self._n_arrived):
             self._begin()
             return []
@@ -380,6 +388,7 @@ class StaleRounds:
         n_slots: ranks.
         staleness: the bound; None: none, which is asynchronous training.
         step: where all clocks stand.
+        members: the slots that are taken; all by default.
 
     Attributes:
         staleness: the bound.
@@ -387,17 +396,49 @@ class StaleRounds:
         versions: (n_cells,) int64: contributions applied to each cell so far.
     """
 
-    def __init__(self, n_cells: int, n_slots: int, staleness: int | None, *, step: int = 0) -> None:
+    def __init__(
+        self,
+        n_cells: int,
+        n_slots: int,
+        staleness: int | None,
+        *,
+        step: int = 0,
+        members: Iterable[int] | None = None,
+    ) -> None:
         self.staleness = staleness
         self.minimum = step
         self.versions = np.zeros(n_cells, dtype=np.int64)
-        self._present = set(range(n_slots))
+        self._present = set(range(n_slots) if members is None else members)
         self._held: set[int] = set()
         self._clocks = [step] * n_slots
         self._arrived = np.zeros((n_slots, n_cells), dtype=np.bool_)
-        self._n_applied = [0] * n_slots  # cells of the step that the clock says
+        self._applied = np.zeros((n_slots, n_cells), dtype=np.bool_)  # of the step that it says
+        self._skipped = [-1] * n_slots  # the last step that each was told to skip
+
+    def restore(
+        self,
+        versions: NDArray[np.int64],
+        clocks: Sequence[int],
+        applied: Mapping[int, Sequence[Range]],
+    ) -> None:
+        """Go on from a saved state: ``versions``, :attr:`clocks` and :meth:`applied` of each slot.
+
+        Memberships are as they were given; nobody is behind the lowest of their clocks.
+        """
+        self.versions[:] = versions
+        self._clocks = list(clocks)
+        for slot, ranges in applied.items():
+            for first, count in ranges:
+                self._applied[slot, first : first + count] = True
+        self._arrived[:] = self._applied
+        self._find_minimum()
 
     # -- who takes part --
+
+    @property
+    def clocks(self) -> tuple[int, ...]:
+        """The clock of each slot, also of those that nobody holds."""
+        return tuple(self._clocks)
 
     @property
     def waiting(self) -> tuple[int, ...]:
@@ -424,9 +465,7 @@ class StaleRounds:
         if slot in self._present and slot not in self._held:
             raise LocalProtocolError(f"slot {slot} is taken")
         unused = self._clocks[slot] + bool(self._arrived[slot].any())
-        self._clocks[slot] = max(self.minimum, unused)
-        self._arrived[slot] = False
-        self._n_applied[slot] = 0
+        self._set_clock(slot, max(self.minimum, unused))
         self._held.discard(slot)
         self._present.add(slot)
         self._find_minimum()
@@ -444,10 +483,24 @@ class StaleRounds:
         self._held.discard(slot)
         self._find_minimum()
 
+    def refuse(self, slot: int) -> None:
+        """The gradients of the step that its clock says do not count any more; those applied stay.
+
+        Its clock moves on, and others may be allowed to: ask :meth:`allows`.
+        """
+        self._check_present(slot)
+        self._skipped[slot] = self._clocks[slot]
+        self._set_clock(slot, self._clocks[slot] + 1)
+        self._find_minimum()
+
     # -- what they push --
 
-    def check(self, slot: int, step: int, ranges: Sequence[Range]) -> None:
+    def check(self, slot: int, step: int, ranges: Sequence[Range]) -> bool:
         """Make sure that a push may come now. Nothing changes.
+
+        Returns:
+            whether it counts; False: its step was refused, and this is no fault: receive it, and
+            drop it.
 
         Raises:
             RemoteProtocolError: another step's, one beyond the bound, cells that do not exist or
@@ -456,6 +509,8 @@ class StaleRounds:
         _check_ranges(ranges, len(self.versions))
         if slot not in self._present or slot in self._held:
             raise RemoteProtocolError(f"nobody is in slot {slot}")
+        if step <= self._skipped[slot]:
+            return False
         if step != self._clocks[slot]:
             raise RemoteProtocolError(
                 f"gradients of step {step}, expected step {self._clocks[slot]}"
@@ -466,12 +521,15 @@ class StaleRounds:
                 f"than {self.staleness} ahead"
             )
         _check_new(self._arrived[slot], step, ranges)
+        return True
 
     def push(self, slot: int, step: int, ranges: Sequence[Range]) -> list[Range]:
         """Take note of a contribution that has arrived whole; return the cells to apply: its own.
 
-        Call :meth:`check` before it is received.
+        Call :meth:`check` before it is received. One that was refused since is dropped.
         """
+        if step <= self._skipped[slot]:
+            return []
         for first, count in ranges:
             self._arrived[slot, first : first + count] = True
         return list(ranges)
@@ -487,7 +545,15 @@ class StaleRounds:
             raise RemoteProtocolError(f"step {step} has not begun, expected at most {clock}")
         return _runs(self._arrived[slot], 0) if step == clock else [Range(0, len(self.versions))]
 
+    def skips(self, slot: int) -> int:
+        """Return the last step that the member in this slot is to skip, or -1."""
+        return self._skipped[slot]
+
     # -- what is applied --
+
+    def applied(self, slot: int) -> list[Range]:
+        """Return the cells that have been applied of the step that this slot's clock says."""
+        return _runs(self._applied[slot], 0)
 
     def apply(self, slot: int, step: int, cells: Range) -> bool:
         """Cells of a contribution have been applied; return whether the clock moved with them.
@@ -498,14 +564,18 @@ class StaleRounds:
         self.versions[cells.first : cells.first + cells.count] += 1
         if step != self._clocks[slot]:
             return False  # of a former member, whose successor is further on
-        self._n_applied[slot] += cells.count
-        if self._n_applied[slot] < len(self.versions):
+        self._applied[slot, cells.first : cells.first + cells.count] = True
+        if not self._applied[slot].all():
             return False
-        self._clocks[slot] += 1
-        self._n_applied[slot] = 0
-        self._arrived[slot] = False
+        self._set_clock(slot, step + 1)
         self._find_minimum()
         return True
+
+    def _set_clock(self, slot: int, step: int) -> None:
+        """The slot begins with a step, of which nothing has come."""
+        self._clocks[slot] = step
+        self._arrived[slot] = False
+        self._applied[slot] = False
 
     def _find_minimum(self) -> None:
         clocks = [self._clocks[slot] for slot in self._present]

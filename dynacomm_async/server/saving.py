@@ -71,8 +71,9 @@ class Saving:
 
     async def save_first(self, make: Callable[[], CheckpointState]) -> None:
         """Save the beginning, with the roster; training may begin when this returns."""
+        state = make()
         try:
-            await asyncio.to_thread(lambda: self._checkpoints.save(make()))
+            await asyncio.to_thread(self._checkpoints.save, state)
         except CheckpointError as error:
             _log.error("training begins without a checkpoint: %s", error)
         self._saver = Saver(self._checkpoints)
@@ -84,11 +85,11 @@ class Saving:
     async def save_if_due(
         self, make: Callable[[], CheckpointState], step: int, last_step: int
     ) -> None:
-        """Copy the state, which must not change meanwhile, and have it written in a thread."""
+        """Copy the state, whose arrays must not change meanwhile, and have it written."""
         if step % self._every and step < last_step:
             return
         failpoint("server.before-save")
-        state = await asyncio.to_thread(lambda: make().copy())
+        state = await asyncio.to_thread(make().copy)
         failpoint("server.snapshot")
         self.offer(state)
 

@@ -365,7 +365,7 @@ async def test_initial_values_from_another_than_the_first_member_end_its_connect
 @pytest.fixture
 def _hurried(monkeypatch):
     hurried = functools.partial(Member, hello_deadline_s=0.1, join_deadline_s=0.1)
-    monkeypatch.setattr("dynacomm_async.server.server.Member", hurried)
+    monkeypatch.setattr("dynacomm_async.server.run.Member", hurried)
 
 
 @pytest.mark.usefixtures("_hurried")

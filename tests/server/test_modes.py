@@ -32,6 +32,7 @@ WITH_A_BARRIER = EVERY - {"joint", "priority"}
 def test_the_strategies_that_hold_in_a_mode_are_those_of_the_table(mode, holds, barrier):
     for strategy in EVERY & holds:
         check_mode(mode, strategy, workers=3)
+    assert mode.may_cross == (holds == EVERY)
     for strategy in EVERY - holds:
         words = f"^{strategy} sends .* one of sequential, layerwise, ibatch, bucket, dynacomm$"
         with pytest.raises(ConfigError, match=words):
@@ -43,8 +44,6 @@ def test_the_strategies_that_hold_in_a_mode_are_those_of_the_table(mode, holds, 
     ("options", "message"),
     [
         ({"on_leave": "stop"}, "on_leave is 'stop', expected end, shrink, wait"),
-        ({"wait_s": 0.0}, "wait_s is 0.0"),
-        ({"wait_s": math.nan}, "wait_s is nan"),
         ({"quorum": 0}, "a quorum of 0"),
         ({"staleness": -1}, "staleness is -1"),
         ({"staleness": 1.5}, "staleness is 1.5"),

@@ -392,7 +392,9 @@ class Synchronous(RuleBasedStateMachine):
             self.queue += as_ranges(before)
         self.take(self.rounds.refuse(slot), self.model.refuse(slot))
         for former in [seat for seat, of, _ in self.accepted if of == step and seat.slot == slot]:
-            used = {(cell, slot) for of, cell, slots in self.history if of == step and slot in slots}
+            used = {
+                (cell, slot) for of, cell, slots in self.history if of == step and slot in slots
+            }
             self.accepted = [
                 (seat, of, cell)
                 for seat, of, cell in self.accepted
@@ -508,6 +510,7 @@ class Stale(RuleBasedStateMachine):
         self.n_slots = n_slots
         self.held = set()
         self.former = []
+        self.skipped = {}
         self.clocks = dict.fromkeys(range(n_slots), 0)
         self.floor = 0
         self.pushed = {slot: set() for slot in range(n_slots)}
@@ -590,6 +593,36 @@ class Stale(RuleBasedStateMachine):
             self.rounds.check(slot, step, ranges)
         assert set(cells_of(self.rounds.have(slot, step))) == self.pushed[slot]
 
+    @precondition(lambda self: self.may_push())
+    @rule(data=st.data())
+    def refuse(self, data):
+        """Poison in what somebody pushes: its step is over for it, and late parts are dropped."""
+        slot = self.slot_of(data, self.may_push())
+        step = self.clocks[slot]
+        self.rounds.refuse(slot)
+        self.skipped[slot] = step
+        self.clocks[slot] += 1
+        self.pushed[slot], self.done[slot] = set(), set()
+        self.find_floor()
+        assert self.rounds.skips(slot) == step
+        assert self.rounds.check(slot, step, [Range(0, 1)]) is False
+        assert self.rounds.push(slot, step, [Range(0, 1)]) == []
+
+    @rule()
+    def the_server_is_restarted(self):
+        """It knows what a checkpoint holds; what had only arrived is to be pushed again."""
+        old = self.rounds
+        members = {*self.seats, *self.held}
+        fresh = StaleRounds(N_CELLS, self.n_slots, self.bound, step=self.floor, members=members)
+        applied = {slot: old.applied(slot) for slot in range(self.n_slots)}
+        fresh.restore(old.versions, old.clocks, applied)
+        for slot in self.held:
+            fresh.hold(slot)
+        self.rounds = fresh
+        self.queue.clear()
+        self.pushed = {slot: set(done) for slot, done in self.done.items()}
+        self.skipped.clear()
+
     def may_push(self):
         return [
             slot for slot in self.seats if self.allowed(slot) and len(self.pushed[slot]) < N_CELLS
@@ -598,8 +631,11 @@ class Stale(RuleBasedStateMachine):
     @rule(data=st.data(), offset=st.sampled_from([-1, 0, 1]))
     def push_what_cannot_be(self, data, offset):
         slot = data.draw(st.integers(0, self.n_slots - 1))
-        step = self.clocks[slot] + offset
-        if slot in self.seats and offset == 0 and self.allowed(slot):
+        step = max(0, self.clocks[slot] + offset)
+        if slot in self.seats and step == self.clocks[slot] and self.allowed(slot):
+            return
+        if slot in self.seats and step <= self.skipped.get(slot, -1):
+            assert self.rounds.check(slot, step, [Range(0, 1)]) is False
             return
         with pytest.raises(RemoteProtocolError):
             self.rounds.check(slot, step, [Range(0, 1)])

@@ -298,6 +298,7 @@ def _describe(state: CheckpointState, name: str) -> dict[str, Any]:
         "term": state.term,
         "roster": {str(slot): term for slot, term in state.roster.items()},
         "settings": dict(state.settings),
+        "progress": dict(state.progress),
     }
     try:
         same = json.loads(json.dumps(about, allow_nan=False)) == about
@@ -405,6 +406,7 @@ def _read(path: Path, about: Mapping[str, Any]) -> CheckpointState:
         settings=about["settings"],
         term=about["term"],
         roster={int(slot): term for slot, term in about["roster"].items()},
+        progress=about["progress"],
         versions=None if about["n_versions"] is None else vectors[2 + n_states],
         healthy=about["healthy"],
     )

@@ -44,6 +44,7 @@ class CheckpointState:
             numbers, lists).
         term: the highest term that has been given out.
         roster: term by slot.
+        progress: what else the training needs to go on, as plain values like the settings.
         versions: (n_cells,) int64 version of each cell, where they differ from ``step``
             (asynchronous training); None: they do not.
         healthy: whether the training looked well. A saved state with a value that is not finite
@@ -61,6 +62,7 @@ class CheckpointState:
     settings: Mapping[str, Any] = field(default_factory=dict)
     term: int = 0
     roster: Mapping[int, int] = field(default_factory=dict)
+    progress: Mapping[str, Any] = field(default_factory=dict)
     versions: NDArray[np.int64] | None = None
     healthy: bool = True
 
