@@ -134,7 +134,9 @@ class AsyncSession:
         session, board = self.blocking, self.blocking.board
         step: Step | None = None
         while True:
-            step = session.next_step(step)
+            before = step
+            while (step := session.next_step(before)) is None:
+                await _woken_by(partial(session.when_next, before))
             if step.index < session.welcome.steps:
                 yield AsyncStep(step)
                 step.end()

@@ -2,14 +2,15 @@
 
 It drives a step machine for each step under way and runs the uplink, over one
 :class:`~dynacomm_async.worker.line.Line` after the other: a connection that is lost is replaced,
-and the step goes on where it stood, or steps back with a server that was restarted. The compute
-side (:mod:`dynacomm_async.worker.session`) lives in another thread; the two meet in
-:class:`~dynacomm_async.worker.board.Board`.
+and the step goes on where it stood, or steps back with a server that was restarted. What the
+server skips is left behind. The compute side (:mod:`dynacomm_async.worker.session`) lives in
+another thread; the two meet in :class:`~dynacomm_async.worker.board.Board`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from time import monotonic_ns, thread_time_ns
@@ -46,6 +47,8 @@ from dynacomm_async.wire.messages import (
     Parameters,
     Report,
     Resume,
+    Skip,
+    Subscribe,
     Subscription,
     Welcome,
 )
@@ -64,6 +67,8 @@ from dynacomm_async.worker.step import (
 )
 
 __all__ = ["Arenas", "Client", "Reach"]
+
+_log = logging.getLogger("dynacomm_async.worker")
 
 Floats = NDArray[np.float32]
 
@@ -147,6 +152,8 @@ class Client:
         self._landed: list[Range] = []  # cells of it that have
         self._reports: dict[int, Report] = {}
         self._outbox: list[tuple[int, Send]] = []
+        self._joins = False  # nobody has said yet which version training begins with here
+        self._notes: list[Message] = []  # that go before gradients
         self._may_push = False  # the server has said what it has
         self._wake = asyncio.Event()
         self._uplink: asyncio.Task[None] | None = None
@@ -188,6 +195,8 @@ class Client:
     def place(self, message: Message) -> Sequence[memoryview]:
         """Say where a payload goes."""
         if isinstance(message, Parameters):
+            if self._joins and message.version >= self._version:
+                self._settle(message.version)
             if message.version != self._version or not self._may_push:
                 raise RemoteProtocolError(
                     f"parameters of version {message.version}, expected {self._version}"
@@ -207,6 +216,8 @@ class Client:
             self._take_parameters(message, received.arrival)
         elif isinstance(message, Have):
             self._take_have(message)
+        elif isinstance(message, Skip):
+            self._take_skip(message)
         elif isinstance(message, End):
             self._board.end(None)
             # At once, whatever the owner does next: the server waits for it.
@@ -290,6 +301,7 @@ class Client:
                 f"the server gives rank {welcome.slot} to rank {self._welcome.slot}"
             )
         known, self._welcome = self._welcome, welcome
+        self._board.divide(welcome.split)
         stands = (known.incarnation, self._version) == (welcome.incarnation, welcome.version)
         if welcome.resumed:
             if welcome.incarnation != known.incarnation:
@@ -298,9 +310,10 @@ class Client:
         else:
             self._connection = 0
             if not stands or self._landed:
-                self._step_back(welcome.version)
+                self._step_back(welcome.version, is_certain=False)
             opening = self._join(welcome)
-            self._may_push = True
+            self._joins = self._may_push = True
+        self._notes.clear()
         self._line = line
         self._round_trip_ns = self._round_trip_ns or line.round_trip_ns
         self._last_arrival_ns = 0
@@ -325,16 +338,45 @@ class Client:
     def _resume(self) -> _Opening:
         return [(Resume(self._subscription(), merge(self._landed)), ())]
 
-    def _step_back(self, step: int) -> None:
+    def _step_back(self, step: int, *, is_certain: bool = True) -> None:
         """Training goes on with an earlier step: nothing of what came after it has been."""
+        self._begin_anew(step)
+        self._board.step_back(step if is_certain else None)
+        failpoint("worker.rolled-back")
+
+    def _begin_anew(self, step: int) -> None:
         self._machines.clear()
         self._outbox.clear()
         self._reports.clear()
         self._landed.clear()
         self._version = step
         self._open_step(step)
-        self._board.step_back(step)
-        failpoint("worker.rolled-back")
+
+    def _settle(self, version: int) -> None:
+        """The first parameters after a join say with which version training begins here."""
+        self._joins = False
+        if version != self._version:
+            self._begin_anew(version)
+        self._board.settle(version)
+
+    def _take_skip(self, skip: Skip) -> None:
+        """Leave steps behind that do not count."""
+        step = skip.step
+        machine = self._machines.get(step)
+        if machine is None and self._version > step:
+            return  # it was known before, or the server had all of it
+        _log.warning("rank %d: %s", self._welcome.slot, skip.text)
+        self._joins = False
+        is_computing = machine is None or not machine.computed
+        self._outbox = [(of, send) for of, send in self._outbox if of > step]
+        if self._version <= step:  # with its first gradients it would have subscribed
+            self._begin_anew(step + 1)
+            self._notes = [Subscribe(self._subscription())]
+            self._wake.set()
+        for of in [of for of in self._machines if of <= step]:
+            self._forget(of)
+        if is_computing:
+            self._board.step_back(step + 1)
 
     def _take_have(self, have: Have) -> None:
         """Send again what the server has not got, and nothing else."""
@@ -386,6 +428,8 @@ class Client:
 
     def _take_parameters(self, message: Parameters, arrival: Arrival) -> None:
         failpoint("worker.parameters")
+        if self._board.opened < message.version or message.split is not None:
+            self._board.open(message.version, message.split)
         estimator = self._estimator
         observation = arrival.observation(self._last_arrival_ns)
         if observation is not None:
@@ -428,6 +472,8 @@ class Client:
                 if line.answer is not None:
                     answer, line.answer = line.answer, None
                     await line.send(answer)
+                elif self._notes:
+                    await line.send(self._notes.pop(0))
                 elif self._outbox and self._may_push and not self._board.is_over:
                     step, send = self._outbox.pop(0)
                     await self._push(line, step, send, busy)

@@ -268,6 +268,11 @@ class Session:
     def steps(self) -> Iterator[Step]:
         """Yield the steps until the run ends. An index may repeat after a server's restart.
 
+        The first one comes when training begins. Where the run divides its data anew when workers
+        come and go, a step comes when its first parameters do, since they say among whom:
+        :attr:`Step.split`. An index is left out where the server has made a step without this
+        worker.
+
         Returns when the final parameters (and statistics) have arrived.
 
         Raises:
@@ -276,20 +281,48 @@ class Session:
         """
         step: Step | None = None
         while True:
-            step = self.next_step(step)
+            step = self._wait_next(step)
             if step.index < self.welcome.steps:
                 yield step
                 step.end()
             elif self._wait_ended(step):
                 return
 
-    def next_step(self, before: Step | None) -> Step:
+    def next_step(self, before: Step | None) -> Step | None:
         """Return the step to compute after ``before`` (None: the first); behind the last one, a
-        step with the index ``welcome.steps``, in which there is nothing to compute."""
-        course = self.board.course
-        if before is None or before.life != course.life:
-            return Step(self, course.first, course.life)
-        return Step(self, before.index + 1, course.life)
+        step with the index ``welcome.steps``, in which there is nothing to compute. None: it is not
+        known yet; see :meth:`when_next`."""
+        life, _ = self.board.course
+        index = self._next_index(before)
+        return None if index is None else Step(self, index, life)
+
+    def when_next(self, before: Step | None, call: Callable[[], None]) -> None:
+        """Call ``call`` once, on the I/O thread or now, when :meth:`next_step` has an answer."""
+        self.board.when_true(lambda: self._next_index(before) is not None, call)
+
+    def _next_index(self, before: Step | None) -> int | None:
+        board, n_steps = self.board, self.welcome.steps
+        life, first = board.course
+        index = first if before is None or before.life != life else before.index + 1
+        if board.is_over:
+            return n_steps
+        if index is None or (self._is_elastic and board.opened < index < n_steps):
+            return None
+        return index
+
+    @property
+    def _is_elastic(self) -> bool:
+        """Whether the data are divided anew when workers come and go."""
+        return self.welcome.split is not None
+
+    def _wait_next(self, before: Step | None) -> Step:
+        while True:
+            step = self.next_step(before)
+            if step is not None:
+                return step
+            known = threading.Event()
+            self.when_next(before, known.set)
+            known.wait()
 
     def _wait_ended(self, step: Step) -> bool:
         """Block until the run has ended and the final parameters are here, or it has stepped back.
@@ -373,7 +406,7 @@ class Session:
             sizes = [(spec.name, 4 * spec.count) for spec in self.grid.layers]
             self._estimator = Estimator(sizes)
         self.plans = self._make_plans(welcome)
-        self.board = Board(len(self.grid.layers), welcome.version)
+        self.board = Board(len(self.grid.layers), None)
         await line.measure_round_trip()
         if line.error is not None:
             raise line.error

@@ -126,6 +126,11 @@ class StepMachine:
         return self._granted == len(self._layers)
 
     @property
+    def computed(self) -> bool:
+        """Whether all gradients of the step exist."""
+        return all(self._computed)
+
+    @property
     def pushed(self) -> bool:
         """Whether the last gradient message has (nearly) left."""
         return self._uplink.done and self._link_free

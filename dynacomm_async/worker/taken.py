@@ -31,6 +31,8 @@ class Step:
     Attributes:
         session: the one it belongs to.
         index: the version of the parameters that it computes from.
+        split: among whom the data of the step are divided, where that changes when workers come
+            and go; None: among all ranks.
         life: how often training had stepped back when it began.
         started_ns: monotonic clock, when the step was begun.
     """
@@ -39,6 +41,7 @@ class Step:
         n_layers = len(session.grid.layers)
         self.index = index
         self.life = life
+        self.split = session.board.split_of(index)
         self.started_ns = monotonic_ns()
         self.session = session
         self._forward_ns = [0] * n_layers

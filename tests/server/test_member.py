@@ -439,15 +439,20 @@ async def test_a_member_that_breaks_the_rules_fails_the_run_which_names_it_and_s
 ):
     n_cells, n_parameter_cells = toy.grid.n_cells, toy.grid.n_parameter_cells
     assert (n_cells, n_parameter_cells) == (10, 7)
-    loop, slots, go = asyncio.get_running_loop(), asyncio.Queue(), threading.Event()
+    loop, greeted, go = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+
+    def layers(settings):
+        loop.call_soon_threadsafe(greeted.set)
+        return toy.layers
 
     def hold(session, step):
-        loop.call_soon_threadsafe(slots.put_nowait, session.welcome.slot)
+        assert session.welcome.slot == 0
         assert go.wait(20)
 
     async with serve(toy) as server, connect_raw(server.address) as raw:
-        good = asyncio.create_task(asyncio.to_thread(toy.work, server.address, hold))
-        assert await slots.get() == 0
+        work = asyncio.to_thread(toy.work, server.address, hold, layers=layers)
+        good = asyncio.create_task(work)
+        await greeted.wait()
         await raw.join(toy.grid)
         contribution = toy.contribution(await raw.pull(), 1, 0)
         if fault == "another step":
@@ -618,7 +623,7 @@ async def test_a_model_that_does_not_fit_into_memory_is_refused_with_a_sentence(
         serve(toy, layers=None, initial=None, initial_statistics=None) as server,
         connect_raw(server.address) as raw,
     ):
-        monkeypatch.setattr("dynacomm_async.server.server.Store", no_memory)
+        monkeypatch.setattr("dynacomm_async.server.run.Store", no_memory)
         await raw.join(toy.grid, layers=toy.layers)
         message, _ = await raw.read()
         assert isinstance(message, Error)

@@ -299,15 +299,16 @@ async def test_a_port_in_use_and_an_open_address_are_refused(toy):
 
 
 async def test_leaving_early_tells_the_workers_that_the_server_stopped(toy):
-    began = asyncio.Event()
+    greeted = asyncio.Event()
     loop = asyncio.get_running_loop()
 
-    def look(session, step):
-        loop.call_soon_threadsafe(began.set)
+    def layers(settings):
+        loop.call_soon_threadsafe(greeted.set)
+        return toy.layers
 
     async with serve(toy, workers=2) as server:
-        work = asyncio.create_task(asyncio.to_thread(toy.work, server.address, look))
-        await began.wait()
+        work = asyncio.create_task(asyncio.to_thread(toy.work, server.address, layers=layers))
+        await greeted.wait()
 
     with pytest.raises(PeerError, match="stopped before the run ended") as failure:
         await work

@@ -356,7 +356,6 @@ async def test_an_error_of_the_servers_reaches_the_waiting_caller_with_its_code(
 @pytest.mark.parametrize(
     ("message", "nbytes", "words"),
     [
-        (Parameters(1, (Range(0, 3),)), 4 * 5010, "parameters of version 1, expected 0"),
         (Parameters(0, (Range(0, 4),)), 4 * 5010, "cells that the model has not"),
         (Parameters(0, (Range(0, 3),)), 4 * 5009, "payload of 20036 bytes, expected 20040"),
         (Parameters(0, (Range(2, 1), Range(2, 1))), 80, "have arrived twice"),
@@ -377,6 +376,26 @@ async def test_a_server_that_breaks_the_rules_is_not_trusted_any_more(
         peer.send(message, bytes(nbytes))
         with pytest.raises(RemoteProtocolError, match=words):
             await work
+
+
+async def test_the_first_parameters_say_which_step_a_newcomer_begins_with_and_no_later_ones_do(
+    listen_raw,
+):
+    def work(address):
+        with Session(address) as session:
+            step = next(session.steps())
+            begun.append(step.index)
+            step.wait("back")
+
+    begun = []
+    async with listen_raw() as server:
+        work = asyncio.create_task(asyncio.to_thread(work, server.address))
+        peer = await server.greet(PAIR, steps=9)
+        for version in (3, 4):
+            peer.send(Parameters(version, (Range(0, 1),)), bytes(4 * 4096))
+        with pytest.raises(RemoteProtocolError, match="parameters of version 4, expected 3"):
+            await work
+    assert begun in ([3], [])  # the second message may be quicker than the caller
 
 
 async def test_a_server_of_something_else_is_one_clear_error(listen_raw):
