@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 
 from dynacomm_async.optim import UpdateRule
 from dynacomm_async.ranges import Range
+from dynacomm_async.server.results import Applied
 from dynacomm_async.server.store import Training
 from dynacomm_async.transport import Address, new_event_loop
 from dynacomm_async.wire.frame import PREFIX_NBYTES, Prefix
@@ -389,6 +390,10 @@ def ray_cluster() -> Iterator[Any]:
 # -- a toy model ---------------------------------------------------------------------------------
 
 
+Made = dict[tuple[int, int], Floats]
+"""By slot and step: the contribution that a worker made."""
+
+
 @dataclass
 class Replica:
     """What one worker ended with."""
@@ -438,9 +443,10 @@ class Toy:
         self,
         address: object,
         at_step: Callable[[Session, int], None] | None = None,
+        made: Made | None = None,
         **options: Any,
     ) -> Replica:
-        """Be a worker until the end; blocks."""
+        """Be a worker until the end; blocks. ``made`` takes down what it contributes."""
         options = {"layers": self.layers, "retry_s": 10.0} | options
         where = address if callable(address) else Address(*address)  # type: ignore[misc]
         with Session(where, **options) as session:
@@ -456,6 +462,9 @@ class Toy:
                     session.gradients[part] = noise[part] * np.float32(0.1) + pulled
                 step.report(self.loss(slot, step.index), images=slot + 1)
                 session.batch_statistics[:] = noise[n_parameters:]
+                if made is not None and not step.abandoned:
+                    whole = np.concatenate([session.gradients, session.batch_statistics])
+                    made[slot, step.index] = whole
                 for spec in reversed(self.layers):
                     step.gradient_ready(spec.name)
             return Replica(slot, session.parameters.copy(), session.statistics.copy(), session)
@@ -472,6 +481,59 @@ class Toy:
             apply_rule(grid, training, parameters, mean[: grid.n_parameters], states, step)
             running = running * (np.float32(1) - momentum) + mean[grid.n_parameters :] * momentum
         return parameters, running
+
+    def replay_log(
+        self, log: Sequence[Applied], made: Made, training: Training
+    ) -> tuple[Floats, Floats]:
+        """Make the updates of a log, cell by cell in plain NumPy, from what workers say they made.
+
+        Whatever is applied twice, or to a version that it does not belong to, fails.
+        """
+        grid, rule = self.grid, training.rule
+        parameters, running = self.initial.copy(), self.initial_statistics.copy()
+        states = new_states(rule, grid.n_parameters)
+        used: set[tuple[int, int, int]] = set()
+        undo: dict[tuple[int, int], Any] = {}  # by step and first cell
+        for step, cells, slots, undone in log:
+            keys = {(slot, step, c) for slot in slots for c in range(cells.first, sum(cells))}
+            if undone:
+                for old, kept in undo.pop((step, cells.first)):
+                    old[:] = kept
+                used -= {key for key in used if key[1] == step and key[2] in range(*_ends(cells))}
+                continue
+            assert not keys & used, f"applied twice: {keys & used}"
+            used |= keys
+            start, stop = grid.floats(*cells)
+            edge = grid.n_parameters
+            if slots:
+                mean = mean_in_rank_order([made[slot, step][start:stop] for slot in slots])
+            undo[step, cells.first] = [
+                (old, old.copy())
+                for old in (
+                    parameters[start : min(stop, edge)],
+                    *(state[start : min(stop, edge)] for state in states),
+                    running[max(start - edge, 0) : max(stop - edge, 0)],
+                )
+            ]
+            if not slots:
+                continue
+            if start < edge:
+                whole = np.zeros(edge, np.float32)
+                whole[start : min(stop, edge)] = mean[: edge - start]
+                fresh, moved = parameters.copy(), [state.copy() for state in states]
+                apply_rule(grid, training, fresh, whole, moved, step)
+                for old, new in zip((parameters, *states), (fresh, *moved), strict=True):
+                    old[start : min(stop, edge)] = new[start : min(stop, edge)]
+            if stop > edge:
+                momentum = np.float32(training.statistics_momentum)
+                part = slice(max(start - edge, 0), stop - edge)
+                batch = mean[max(edge - start, 0) :]
+                running[part] = running[part] * (np.float32(1) - momentum) + batch * momentum
+        return parameters, running
+
+
+def _ends(cells: Range) -> tuple[int, int]:
+    return cells.first, cells.first + cells.count
 
 
 def new_states(rule: UpdateRule, n: int) -> list[Floats]:

@@ -107,6 +107,8 @@ class Loose(Pace):
             self._leave(place.slot)
         if not place.entered:
             place.counted = place.entered = True
+            for due in self._take_due(place.slot):  # the newcomer's gradients land where these lie
+                self._apply(due)
             self._rounds.enter(place.slot)
         self._begin_newcomers()
 
@@ -149,9 +151,16 @@ class Loose(Pace):
 
     def _refuse(self, slot: int, step: int) -> None:
         before = self.step
+        self._take_due(slot)  # never to be applied: the next step's gradients land where they lie
         self._reports.pop((step, slot), None)
         self._rounds.refuse(slot)
         self._advance(before)
+
+    def _take_due(self, slot: int) -> list[Due]:
+        taken = [due for due in self._due if due.slot == slot]
+        for due in taken:
+            self._due.remove(due)
+        return taken
 
     # -- updates --
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from time import monotonic_ns
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from dynacomm_async.errors import DynaCommError
 from dynacomm_async.failpoints import failpoint
 from dynacomm_async.ranges import Range
@@ -251,7 +253,8 @@ class Pace(ABC):
             Diverged: the values are not finite any more.
         """
         started_ns = monotonic_ns()
-        self._store.apply(cells, step, slots)
+        with np.errstate(over="ignore", invalid="ignore"):  # it is looked for below
+            self._store.apply(cells, step, slots)
         if self._watchers.recorder is not None:
             self._watchers.recorder.add(Updated(step, started_ns, monotonic_ns(), *cells))
         start, stop = self._grid.floats(*cells)

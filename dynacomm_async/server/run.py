@@ -167,6 +167,12 @@ class Run:
         self._places.term = incarnation << 20  # no two lives give the same terms
 
     @property
+    def members(self) -> list[int]:
+        """The ranks whose workers are there."""
+        places = self._places
+        return [place.slot for place in places if place.member is not None and place.member.joined]
+
+    @property
     def has_ended(self) -> bool:
         """Whether there is a result, or a failure."""
         return self._ended
@@ -269,8 +275,13 @@ class Run:
         slots = self._places.free
         if claimed is not None and claimed.slot in slots:
             slots = [claimed.slot]  # its own: training has begun anew, or not yet
-        if self._training_began and not slots:
-            slots = [place.slot for place in self._places if self._can_be_replaced(place)]
+        if self._pace is not None and self._training_began and not slots:
+            slots = [slot for slot in self._places.vacant if self._pace.may_replace(slot)]
+        if not slots and self._places.away and not self._places.vacant:
+            raise Refusal(
+                "place-kept",
+                "the server was restarted, and its workers may be on their way back; try again",
+            )
         if not slots:
             raise Refusal(
                 "run-full",
@@ -278,10 +289,6 @@ class Run:
                 "start the server with a larger --workers",
             )
         return self._places.take(slots[0], member)
-
-    def _can_be_replaced(self, place: Place) -> bool:
-        assert self._pace is not None
-        return place.member is None and self._pace.may_replace(place.slot)
 
     def join(self, member: Member, join: Join) -> Grid:
         """Make sure that a greeted stranger computes what the others do."""

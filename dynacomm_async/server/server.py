@@ -229,6 +229,11 @@ class ParameterServer:
         return self._listener.addresses
 
     @property
+    def members(self) -> list[int]:
+        """The ranks whose workers are connected and have joined, ascending."""
+        return self._run.members
+
+    @property
     def memory_nbytes(self) -> int | None:
         """Bytes held for parameters, states and contributions, or None before there is a model."""
         store = self._run.store
