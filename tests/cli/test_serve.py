@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dynacomm_async.errors import PeerError
+from dynacomm_async.nn import KERNELS
 from dynacomm_async.worker import Session
 
 STEPS = 100
@@ -106,7 +107,7 @@ def test_a_worker_too_many_is_refused_while_the_run_goes_on(serve, work, undistu
     first = work(server)
     assert "joined as rank 0 (of 2)" in first.read_error_line()
     # Both places are taken by now, but the run cannot end before the second worker is there.
-    with Session(server.address, run=server.run) as held:
+    with Session(server.address, run=server.run, kernels=KERNELS) as held:
         assert held.welcome.slot == 1
         refused = work(server).finish()
         assert refused.code == 1
