@@ -71,5 +71,5 @@ def not_compiled(call: Callable[..., Any]) -> Callable[..., Any]:
     """
     if "torch._dynamo" not in sys.modules:
         return call
-    disabled: Callable[..., Any] = torch.compiler.disable(call)
-    return disabled
+    disable: Callable[..., Callable[..., Any]] = torch.compiler.disable
+    return disable(call)

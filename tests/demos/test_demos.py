@@ -81,6 +81,20 @@ def test_the_adapter_benchmark_measures_both_sides():
     assert min(found["hooks_s"], found["copying_s"]) > 0
 
 
+def test_a_pytorch_module_trains_by_at_most_five_added_lines():
+    """What is left without them is an ordinary loop, but for its optimizer."""
+    text = (DEMOS / "embed_pytorch.py").read_text()
+    work = re.search(r"^def work.*?(?=^# --)", text, re.M | re.S)[0]
+    added = [line for line in work.splitlines() if "# new" in line]
+    rest = [line for line in work.splitlines() if line not in added]
+
+    assert 0 < len(added) <= 5
+    assert (
+        len([line for line in rest if re.search(r"\b(session|step|Torch)", line)]) <= 1
+    )  # its rank, to print
+    assert any("loss.backward()" in line for line in rest)
+
+
 @pytest.mark.slow
 @pytest.mark.peers
 @pytest.mark.parametrize(
