@@ -86,7 +86,10 @@ class Workload:
         fitting = _EVALUATED_FLOATS // sum(prod(node.output.shape) for node in self.network.nodes)
         batch = max(1, min(_EVALUATED_IMAGES, len(self.test), fitting))
         engine = self.network.bind(batch, parameters=parameters, statistics=statistics)
-        _, correct = engine.evaluate(self.test.images, self.test.labels)
+        correct = 0
+        for start in range(0, len(self.test), batch):
+            part = slice(start, start + batch)
+            correct += engine.evaluate(self.test.images[part], self.test.labels[part])[1]
         return correct / len(self.test)
 
 

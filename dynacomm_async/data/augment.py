@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dynacomm_async.data.pixels import Images
 from dynacomm_async.errors import ConfigError
 
 __all__ = ["Augmentation", "parse_augmentation"]
 
-Images = NDArray[np.float32]
+Batch = NDArray[np.float32]
 Indices = NDArray[np.int64]
 
 _MOST = 32
@@ -40,7 +41,7 @@ class Augmentation:
     crop: int = 0
     flip: bool = False
 
-    def take(self, images: Images, indices: Indices, *, seed: int, epoch: int) -> Images:
+    def take(self, images: Images, indices: Indices, *, seed: int, epoch: int) -> Batch:
         """Return the images at ``indices``, changed; new.
 
         Args:
@@ -51,7 +52,7 @@ class Augmentation:
         Returns:
             (N, H, W, C).
         """
-        batch: Images = images[indices]
+        batch: Batch = images[indices]
         if self.shift:
             batch = _shift(batch, _moves(_bits(indices, seed, epoch), self.shift))
         if self.crop:
@@ -84,16 +85,16 @@ def parse_augmentation(text: str) -> Augmentation:
     return Augmentation(**settings)
 
 
-def _shift(images: Images, moves: Indices) -> Images:
+def _shift(images: Batch, moves: Indices) -> Batch:
     _, height, width, _ = images.shape
     rows = np.clip(np.arange(height) + moves[:, :1], 0, height - 1)
     columns = np.clip(np.arange(width) + moves[:, 1:], 0, width - 1)
     n = np.arange(len(images))[:, None, None]
-    shifted: Images = images[n, rows[:, :, None], columns[:, None, :]]
+    shifted: Batch = images[n, rows[:, :, None], columns[:, None, :]]
     return shifted
 
 
-def _crop(images: Images, moves: Indices) -> Images:
+def _crop(images: Batch, moves: Indices) -> Batch:
     _, height, width, _ = images.shape
     cropped = np.zeros_like(images)
     for image, source, (down, right) in zip(cropped, images, moves.tolist(), strict=True):

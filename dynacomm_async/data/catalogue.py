@@ -13,7 +13,7 @@ from dynacomm_async.data.cifar import read_cifar10
 from dynacomm_async.data.dataset import Dataset, RawImages
 from dynacomm_async.data.digits import read_digits
 from dynacomm_async.data.idx import read_mnist
-from dynacomm_async.data.pixels import Normalisation, prepare
+from dynacomm_async.data.pixels import Normalisation, PreparedImages
 from dynacomm_async.data.synthetic import make_synthetic
 from dynacomm_async.errors import ConfigError
 
@@ -104,7 +104,9 @@ def _fit(
 ) -> tuple[Dataset, Dataset]:
     shape = input_shape or scale.shape
     train, test = (
-        Dataset(prepare(raw.pixels, scale.normalisation, shape, name), raw.labels, _CLASSES, name)
+        Dataset(
+            PreparedImages(raw.pixels, scale.normalisation, shape, name), raw.labels, _CLASSES, name
+        )
         for raw in splits
     )
     return train, test

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dynacomm_async.data.pixels import Images
 from dynacomm_async.errors import ShapeError
 
 __all__ = ["Dataset", "RawImages"]
@@ -17,7 +18,8 @@ class Dataset:
     """Images ready for a model. The arrays are shared: copy before writing into them.
 
     Attributes:
-        images: (n, H, W, C) float32, normalised.
+        images: (n, H, W, C) float32, normalised; an array, or what prepares them when some are
+            taken by ``images[indices]``.
         labels: (n,) int64, each in [0, classes).
         classes: number of classes, which a model must tell apart.
         name: what the data set is called, for messages.
@@ -26,7 +28,7 @@ class Dataset:
         ShapeError: the arrays are not as above.
     """
 
-    images: NDArray[np.float32]
+    images: Images
     labels: NDArray[np.int64]
     classes: int
     name: str

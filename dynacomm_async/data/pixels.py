@@ -6,13 +6,14 @@ Only elementwise float32 arithmetic, no matrix products, so every machine gets t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dynacomm_async.errors import ConfigError
 
-__all__ = ["Normalisation", "prepare", "resize"]
+__all__ = ["Images", "Normalisation", "PreparedImages", "prepare", "resize"]
 
 _BLOCK_FLOATS = 1 << 20
 """Floats converted at a time, so that no second float copy of a whole data set is ever needed."""
@@ -30,6 +31,60 @@ class Normalisation:
         images = np.subtract(pixels, np.asarray(self.mean, np.float32), dtype=np.float32)
         images /= np.asarray(self.deviation, np.float32)
         return images
+
+
+class PreparedImages:
+    """Images that are prepared whenever some of them are taken: an array that is read by images.
+
+    What is held are the stored pixels, a quarter of the memory of float32, or far less where images
+    are enlarged; shared, and never written. Threads may take images at the same time.
+
+    Args:
+        pixels: (n, H, W, C) as stored.
+        normalisation: of the stored pixels.
+        shape: (H, W, C) that images are resized and converted to.
+        name: of the data set, for messages.
+
+    Attributes:
+        shape: (n, *shape).
+        ndim, dtype: 4, float32.
+
+    Raises:
+        ConfigError: channels that cannot be converted so.
+    """
+
+    ndim = 4
+    dtype = np.dtype(np.float32)
+
+    def __init__(
+        self,
+        pixels: NDArray[np.uint8],
+        normalisation: Normalisation,
+        shape: tuple[int, int, int],
+        name: str,
+    ) -> None:
+        _check_channels(pixels.shape[3], shape[2], name)
+        self.shape = (len(pixels), *shape)
+        self._pixels = pixels
+        self._normalisation = normalisation
+        self._name = name
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    def __getitem__(self, chosen: slice | NDArray[np.integer[Any]]) -> NDArray[np.float32]:
+        """Return the chosen images (N, H, W, C), new and contiguous."""
+        height, width, channels = self.shape[1:]
+        shape = height, width, channels
+        return prepare(self._pixels[chosen], self._normalisation, shape, self._name)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        """All of them, for NumPy's functions."""
+        return self[:].astype(self.dtype if dtype is None else dtype, copy=False)
+
+
+Images = NDArray[np.float32] | PreparedImages
+"""(n, H, W, C), of which some are taken by ``images[indices]`` or ``images[start:stop]``."""
 
 
 def prepare(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 
-from dynacomm_async.data.pixels import Normalisation, prepare, resize
+from dynacomm_async.data.pixels import Normalisation, PreparedImages, prepare, resize
 from dynacomm_async.errors import ConfigError
 
 
@@ -93,3 +94,34 @@ def test_channels_that_cannot_be_converted_are_refused():
     pixels = np.zeros((1, 2, 2, 3), np.uint8)
     with pytest.raises(ConfigError, match="toy images have 3 channels and the model takes 4"):
         prepare(pixels, Normalisation((0, 0, 0), (1, 1, 1)), (2, 2, 4), "toy")
+    with pytest.raises(ConfigError, match="toy images have 3 channels and the model takes 4"):
+        PreparedImages(pixels, Normalisation((0, 0, 0), (1, 1, 1)), (2, 2, 4), "toy")
+
+
+@pytest.mark.parametrize(
+    "chosen", [np.array([3, 0, 3, 9]), slice(2, 7), slice(9, 40), np.array([], np.int64)]
+)
+@pytest.mark.parametrize("shape", [(5, 4, 3), (9, 9, 1)])
+def test_images_that_are_prepared_when_taken_have_the_bits_of_preparing_all(chosen, shape):
+    planes = np.random.default_rng(7).integers(0, 256, (10, 3, 5, 4), np.uint8)
+    pixels = planes.transpose(0, 2, 3, 1)  # as CIFAR's files have them
+    scale = Normalisation((1.5, 2.5, 3.5), (2, 3, 4))
+    whole = prepare(pixels, scale, shape, "toy")
+    images = PreparedImages(pixels, scale, shape, "toy")
+    assert (images.shape, images.dtype, images.ndim) == (whole.shape, whole.dtype, whole.ndim)
+    assert len(images) == 10
+    assert images[chosen].flags.c_contiguous
+    assert np.array_equal(images[chosen], whole[chosen])
+    assert np.array_equal(np.asarray(images), whole)
+
+
+def test_images_that_are_prepared_when_taken_hold_nothing_but_the_stored_pixels():
+    pixels = np.zeros((100, 8, 8, 1), np.uint8)
+    tracemalloc.start()
+    try:
+        images = PreparedImages(pixels, Normalisation((0,), (1,)), (64, 64, 3), "toy")
+        images[np.arange(4)]
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert held < 20_000
