@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -322,6 +324,38 @@ def test_a_whole_smooth_residual_network_with_batch_norm_agrees(wrap, make_batch
     parts = [Conv2d(8, 3, 1, 1, bias=False), BatchNorm(), Tanh()]
     parts += [*block(8, 1), *block(16, 2), *block(32, 2), GlobalAvgPool()]
     assert disagreement(wrap(parts, (16, 16, 3)), 8, 0, make_batch) < 1e-4
+
+
+SMOOTH = [
+    ("resnet20", (32, 32, 3)),
+    ("mobilenet_v2", (64, 64, 3)),
+    ("googlenet", (32, 36, 3)),
+    *(
+        pytest.param(name, shape, marks=[pytest.mark.soak, pytest.mark.timeout(900)])
+        for name, shape in [
+            ("vgg_small", (32, 32, 3)),
+            ("vgg11", (32, 32, 3)),
+            ("resnet18", (64, 64, 3)),
+            ("resnet50", (64, 64, 3)),
+            ("inception_v4", (107, 107, 3)),
+            ("resnet152", (64, 64, 3)),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "shape"), SMOOTH)
+def test_a_whole_network_of_the_table_agrees_when_its_kinks_are_smoothed(
+    name, shape, make_batch, monkeypatch
+):
+    module = sys.modules[models.MODELS[name].__module__]
+    monkeypatch.setattr(module, "ReLU", lambda most=None: Tanh())
+    monkeypatch.setattr(module, "MaxPool", AvgPool, raising=False)
+    network = models.build(name, input_shape=shape, classes=10)
+    kinds = {type(node.layer) for node in network.nodes}
+    assert Tanh in kinds
+    assert not {ReLU, MaxPool} & kinds
+    assert disagreement(network, 4, 0, make_batch) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["lenet", "vgg_small", "resnet20"])
