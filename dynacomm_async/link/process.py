@@ -17,7 +17,7 @@ import selectors
 import signal
 import sys
 import threading
-from asyncio.subprocess import PIPE, Process
+from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -129,6 +129,7 @@ class LinkProcess:
         port: where to listen; 0 picks a free port.
         insecure: as :class:`~dynacomm_async.link.link.Link` takes it.
         trace: where the child writes its recording when it ends; None: nothing is recorded.
+        quiet: drop what it says on standard error, such as that the server cannot be reached.
 
     Raises:
         ConfigError: (on entering) the link did not start; the message is its own.
@@ -143,7 +144,9 @@ class LinkProcess:
         *,
         insecure: bool = False,
         trace: Path | None = None,
+        quiet: bool = False,
     ) -> None:
+        self._words = DEVNULL if quiet else None
         self._arguments = [
             f"--listen={Address(host, port)}",
             f"--to={Address(*to[:2])}",
@@ -175,7 +178,7 @@ class LinkProcess:
             *self._arguments,
             stdin=PIPE,
             stdout=PIPE,
-            stderr=None,
+            stderr=self._words,
             start_new_session=True,
         )
         try:

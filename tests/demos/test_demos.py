@@ -257,6 +257,17 @@ def test_a_changing_link_changes_plans_and_no_loss():
     assert "NOT identical" not in out
 
 
+@pytest.mark.slow
+def test_chaos_changes_no_bit():
+    options = ["--model=mlp", "--data=synthetic", "--batch=8", "--every=0.2", "--blows=6"]
+    found = json.loads(run_demo("chaos.py", *options, "--steps=90", "--seed=191", "--json"))
+
+    assert found["identical"] is True
+    assert found["disturbed"] == found["undisturbed"]
+    assert found["disturbed"]["steps"] == 90
+    assert set(found["blows"]) == {"server", "worker", "reset", "cut", "stall", "down"}
+
+
 def test_the_replanning_benchmark_measures_every_table():
     tables = json.loads(run_demo("benchmarks/replanning.py", "--tables", "--json"))["tables"]
 

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -267,6 +267,24 @@ def test_a_link_process_relays_and_gives_its_counters_when_it_is_stopped() -> No
 
     counters = asyncio.run(main())
     assert counters["up"]["messages"] == 1  # type: ignore[index]
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_link_process_says_that_nobody_is_behind_it_unless_it_is_to_be_quiet(
+    capfd: pytest.CaptureFixture[str], quiet: bool
+) -> None:
+    async def main() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            nobody = closed.getsockname()
+        async with LinkProcess(LinkSettings(), nobody, quiet=quiet) as link:
+            await asyncio.to_thread(talk, link.address)
+
+    def talk(address: tuple[str, int]) -> None:
+        with socket.create_connection(address, timeout=5) as client, suppress(ConnectionError):
+            assert client.recv(1) == b""
+
+    asyncio.run(main())
+    assert ("cannot reach" in capfd.readouterr().err) is not quiet
 
 
 def test_a_link_process_that_cannot_start_says_so() -> None:
