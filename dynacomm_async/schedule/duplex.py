@@ -22,7 +22,7 @@ _HALF = 0.35
 _LEAST_SHARED_NS = 20_000_000
 """Shared time without which nothing is said: jitter of single messages must not decide."""
 
-_OBSERVATIONS = 64
+_OBSERVATIONS = 256
 _INTERVALS = 256
 
 
@@ -72,19 +72,22 @@ class BusyTimes:
 class DuplexEstimator:
     """Tells a full-duplex link from a half-duplex one, by the messages of one direction.
 
-    Of the last 64 observations with shared time the sums count.
+    Of the last 256 observations with shared time those that were slowed down as by a shared medium
+    must make up half of that time. A sum of excesses would be moved by a few messages that
+    something else held up for long, such as congestion control that probes the path.
     """
 
     def __init__(self) -> None:
-        self._shared: deque[tuple[int, int]] = deque(maxlen=_OBSERVATIONS)  # excess, shared time
+        self._shared: deque[tuple[bool, int]] = deque()  # whether it was slowed down, shared time
+        self._shared_ns = 0
+        self._slowed_ns = 0
 
     @property
     def half(self) -> bool | None:
         """Whether the link is half-duplex; None while too little was shared to tell."""
-        shared_ns = sum(shared for _, shared in self._shared)
-        if shared_ns < _LEAST_SHARED_NS:
+        if self._shared_ns < _LEAST_SHARED_NS:
             return None
-        return sum(excess for excess, _ in self._shared) >= _HALF * shared_ns
+        return 2 * self._slowed_ns >= self._shared_ns
 
     def observe(self, expected_ns: int, elapsed_ns: int, shared_ns: int) -> None:
         """Add what one message took.
@@ -105,5 +108,14 @@ class DuplexEstimator:
         if shared_ns:
             # Where directions take turns a message takes twice as long at most. What takes longer
             # was held up by something else, and must not outweigh all others.
-            excess_ns = min(elapsed_ns - expected_ns, expected_ns, shared_ns)
-            self._shared.append((excess_ns, shared_ns))
+            shared_ns = min(shared_ns, 2 * expected_ns)
+            slowed = elapsed_ns - expected_ns >= _HALF * shared_ns
+            self._count(slowed, shared_ns, 1)
+            self._shared.append((slowed, shared_ns))
+            if len(self._shared) > _OBSERVATIONS:
+                self._count(*self._shared.popleft(), -1)
+
+    def _count(self, slowed: bool, shared_ns: int, sign: int) -> None:
+        self._shared_ns += sign * shared_ns
+        if slowed:
+            self._slowed_ns += sign * shared_ns

@@ -38,7 +38,11 @@ _LEAST_NBYTES = 4096
 _STALE_SHARE = 8
 """A fit is repeated when the window has gained an eighth: less would hardly move it."""
 
-_SETTLED, _SETTLED_ERROR = 32, 0.01
+_STALE_NS = 100_000_000
+"""But a full window not before so much link time has been seen since: a fit takes a millisecond,
+and a plan of small messages would spend more on it than on sending them."""
+
+_SETTLED, _SETTLED_ERROR = 32, 0.05
 """A fit of so many observations may begin from one that was so exact instead of from nothing."""
 
 _SUDDEN, _GRADUAL = 5, 12
@@ -57,6 +61,11 @@ _ALIKE = 0.15
 
 _KEPT_ERROR, _KEPT_ERROR_NS = 0.05, 50_000.0
 """How exact an overhead is at most taken to remain when the rate has changed."""
+
+_BETTER = 2.0
+"""An overhead that is known within an error gives way to what observations tell about as exactly,
+within so many times that. Messages of one size, as most plans send, tell it by the few that differ
+and by what comes in bursts: badly, and with confidence."""
 
 _DOUBTED_ERROR = 0.5
 """The same where it may have changed too. To forget it would leave a plan of one message a step,
@@ -125,6 +134,7 @@ class LinkEstimator:
         self._prior: Prior | None = None
         self._fit = fit_link(())
         self._n_fresh = 0  # observations since the fit
+        self._fresh_ns = 0  # their times
         self._signs: deque[_Sign] = deque(maxlen=_GRADUAL)
         self._change: _Change | None = None  # that has just been found
         self._changes = 0
@@ -187,6 +197,7 @@ class LinkEstimator:
             self._kinds[messages].append((self._count, observation))
             self._count += 1
             self._n_fresh += 1
+            self._fresh_ns += elapsed_ns
             if self._change is not None:
                 self._start_over(self._change)
 
@@ -222,7 +233,8 @@ class LinkEstimator:
 
     def _result(self) -> LinkFit:
         if self._n_fresh and self._n_fresh * _STALE_SHARE >= self._n_window:
-            self._refit()
+            if self._fresh_ns >= _STALE_NS or self._n_window < _MESSAGES:
+                self._refit()
         return self._fit
 
     @property
@@ -237,14 +249,24 @@ class LinkEstimator:
             and not (self._signs and self._signs[-1].is_far)
         )
         start = self._fit if settled else None
-        self._n_fresh = 0
-        if self._prior is not None:
-            alone = fit_link(window)
-            if not alone.known or alone.overhead_error_ns > self._prior.error_ns:
-                self._fit = fit_link(window, self._prior, start)
-                return
-            self._prior = None  # the new observations tell the overhead better
-        self._fit = fit_link(window, start=start)
+        self._n_fresh = self._fresh_ns = 0
+        alone, prior = fit_link(window, start=start), self._prior
+        told_ns = self._tells_overhead_to(alone)
+        if prior is not None and told_ns > _BETTER * prior.error_ns:
+            self._fit = fit_link(window, prior, start)
+            return
+        self._fit = alone
+        if told_ns < inf and len(window) >= _SETTLED:
+            self._prior = Prior(
+                alone.overhead_ns, told_ns if prior is None else min(told_ns, prior.error_ns)
+            )
+
+    @staticmethod
+    def _tells_overhead_to(fit: LinkFit) -> float:
+        """Return the error within which a fit tells the overhead; infinite where it tells none."""
+        if not fit.known:
+            return inf
+        return max(fit.overhead_error_ns, _KEPT_ERROR * fit.overhead_ns, _KEPT_ERROR_NS)
 
     def _list_window(self) -> list[Observation]:
         oldest = self._count - _MESSAGES

@@ -24,6 +24,7 @@ __all__ = ["LinkFit", "Observation", "Prior", "fit_link"]
 _LEAST_COUNT = 3
 _JITTER_NS = 20_000.0  # no event loop tells the time of an arrival better than this
 _BURST_NS = 100_000.0  # nor that of a first piece, which may have waited for the loop to wake up
+_BURST_NBYTES = 16 * 1024  # behind which so much may come faster than the link: shapers and bridges
 _SIGMA_PER_MEDIAN = 1.4826  # of a normal distribution
 _CUTOFF = 4.685  # 95 % efficient on normal errors
 _ABSOLUTE_ROUNDS = 3
@@ -112,7 +113,8 @@ def fit_link(
         before = solution
         errors = _list_errors(observations, before)
         noise = _estimate_noise(observations, errors)
-        solution = _solve(observations, _weigh_biweight(observations, errors, *noise), prior)
+        weights = _weigh_biweight(observations, errors, *noise, before.slope)
+        solution = _solve(observations, weights, prior)
         if isclose(solution.overhead, before.overhead, rel_tol=_CLOSE, abs_tol=_CLOSE_NS) and (
             isclose(solution.slope, before.slope, rel_tol=_CLOSE)
         ):
@@ -149,13 +151,17 @@ def _fit_absolute(observations: Sequence[Observation], prior: Prior | None) -> _
 
 
 def _weigh_biweight(
-    observations: Sequence[Observation], errors: Sequence[float], jitter: float, share: float
+    observations: Sequence[Observation],
+    errors: Sequence[float],
+    jitter: float,
+    share: float,
+    slope: float,
 ) -> list[float]:
     weights = []
     for (messages, _, elapsed), error in zip(observations, errors, strict=True):
         sigma = jitter + max(0.0, share * (elapsed - error))
         if not messages:
-            sigma = hypot(sigma, _BURST_NS)
+            sigma = hypot(sigma, _BURST_NS, _BURST_NBYTES * slope)
         distance = error / (_CUTOFF * sigma)
         inside = 1 - distance * distance
         weights.append((inside / sigma) ** 2 if inside > 0 else 0.0)
@@ -173,8 +179,8 @@ def _estimate_noise(
     half = (len(pairs) + 1) // 2
     short_ns, short_error = _find_middle(pairs[:half])
     long_ns, long_error = _find_middle(pairs[-half:])
-    if long_ns < 2 * short_ns:  # times so alike cannot tell, and a share is right for them all
-        return _JITTER_NS, long_error / long_ns
+    if long_ns < 2 * short_ns:  # times so alike cannot tell: half of each
+        return max(_JITTER_NS, long_error / 2), long_error / 2 / long_ns
     share = max(0.0, long_error - max(short_error, _JITTER_NS)) / (long_ns - short_ns)
     return max(_JITTER_NS, short_error - share * short_ns), share
 

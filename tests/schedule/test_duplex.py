@@ -69,6 +69,14 @@ def test_one_message_that_was_held_up_does_not_decide() -> None:
     assert estimator.half is False
 
 
+def test_a_path_that_slows_down_for_a_while_is_no_shared_medium() -> None:
+    estimator = DuplexEstimator()
+    for index in range(240):
+        elapsed_ns = 29 * MS if 160 <= index < 210 else 15 * MS
+        estimator.observe(15 * MS, elapsed_ns, elapsed_ns)
+        assert estimator.half is not True
+
+
 def pull_over(estimator: Estimator, n: int, ns_per_byte: float, *, half: bool, alone: bool) -> None:
     """Pull messages of four sizes, 1 ms each beside their bytes.
 

@@ -197,6 +197,32 @@ def test_what_is_kept_of_old_messages_does_not_hide_a_change_of_rate() -> None:
     assert link.ns_per_byte == pytest.approx(400, rel=0.02)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_messages_of_one_size_on_a_link_with_bursts_keep_the_overhead_that_others_told(
+    seed: int,
+) -> None:
+    numbers = random.Random(seed)
+    link = LinkEstimator()
+    ns_per_byte, overhead_ns, burst = 84, 100_000, 48 * 1024
+
+    def send(nbytes: int, messages: int, times: float) -> None:
+        # The first message finds a full token bucket: what is in it passes at once.
+        free = 0 if messages else min(burst, nbytes)
+        elapsed_ns = messages * overhead_ns + (nbytes - free) * ns_per_byte
+        link.observe(nbytes, round(elapsed_ns * times), messages)
+
+    for _ in range(2):  # warm-up: a message for each layer
+        send(9 * 2**20, 0, 1)
+        for nbytes in (4096, 20_000, 150_000, 600_000, 2_400_000, 9_400_000) * 6:
+            send(nbytes, 1, numbers.uniform(0.95, 1.1))
+    for _ in range(10):
+        send(115_000, 0, 1)
+        for nbytes in [180_262] * 246 + [131_110]:
+            send(nbytes, 1, numbers.choice([0.75, 0.9, 1, 1, 1.05, 1.1, 1.8]))
+        assert link.ns_per_byte == pytest.approx(ns_per_byte, rel=0.15)
+        assert link.overhead_ns < 700_000
+
+
 def test_equal_layers_back_to_back_keep_what_single_messages_told() -> None:
     link = LinkEstimator()
     for _ in range(5):
