@@ -46,6 +46,8 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+from dynacomm_async.link.units import parse_rate
+
 NETWORK = "10.77.0"
 """The imitated machines are 10.77.0.1 (the server), 10.77.0.2 and so on; nobody else sees them."""
 
@@ -127,11 +129,21 @@ def build_network(
         configure(f"ip -n {name} link set eth0 up")
         rate = server_bandwidth if number == 1 and server_bandwidth else bandwidth
         if rate:
-            limit = f"root tbf rate {rate} burst 32kb latency 100ms"
+            limit = f"root tbf rate {rate} burst {burst_nbytes(rate)} latency 100ms"
             configure(f"tc qdisc add dev port{number} {limit}")  # to the machine
             configure(f"tc -n {name} qdisc add dev eth0 {limit}")  # from it
         machines.append(["ip", "netns", "exec", name])
     return machines
+
+
+def burst_nbytes(bandwidth: str) -> int:
+    """Return how much may pass at once: on a fast link what the kernel hands over in one piece.
+
+    Less than 64 KiB would have it cut every piece into packets, which costs more than all the rest.
+    """
+    rate = parse_rate(bandwidth)
+    assert rate is not None, "there is a limit"
+    return max(128 * 1024, round(rate / 1000))
 
 
 def configure(command: str) -> None:

@@ -11,7 +11,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch and NumPy are loaded
@@ -20,8 +21,6 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 import torch
 from _end_to_end_models import RATE, LayerTime, Task, build, imitate, measure
-
-PORT = 7070
 
 Spec = Mapping[str, Any]
 
@@ -39,9 +38,14 @@ def make_task(spec: Spec) -> Task:
 
 
 class Gate:
-    """Lets a worker through as many steps as the one who measures wants, and reports on them."""
+    """Lets a worker through as many steps as the one who measures wants, and reports on them.
+
+    Attributes:
+        explain: returns what more there is to say with each report.
+    """
 
     def __init__(self) -> None:
+        self.explain: Callable[[], str] = str
         self._begun: list[float] = []
         self._losses: list[float] = []
         self._left = 0
@@ -50,8 +54,8 @@ class Gate:
         """A step begins, or waits here until it is wanted."""
         self._begun.append(time.perf_counter())
         if not self._left:
-            steps = [after - at for at, after in zip(self._begun, self._begun[1:], strict=False)]
-            say(steps_s=steps, losses=self._losses)
+            steps = [after - at for at, after in pairwise(self._begun)]
+            say(steps_s=steps, losses=self._losses, explanation=self.explain())
             command = sys.stdin.readline()
             if not command:  # whoever measures is gone
                 sys.exit(1)
@@ -99,7 +103,7 @@ def work_ours(spec: Spec, task: Task, gate: Gate) -> None:
     with TorchSession(address, model, task.sample, strategy=spec["variant"]) as session:
         for step in session.steps():
             if spec["explain"] and step.index == spec["steps"] - 1:
-                print(explain_worker(session.session.describe()), file=sys.stderr)
+                gate.explain = lambda: explain_worker(session.session.describe())
             gate.begin()
             loss = task.loss(model, step.index, session.slot)
             step.report(loss, spec["batch"])
@@ -133,6 +137,7 @@ def work_ddp(spec: Spec, task: Task, gate: Gate) -> None:
         loss.backward()
         optimizer.step()
         gate.take_loss(loss)
+    dist.destroy_process_group()
 
 
 # -- Flower --------------------------------------------------------------------------------------

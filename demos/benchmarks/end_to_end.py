@@ -12,18 +12,18 @@ What it shows
       SuperLink that replaces it polls every few seconds), federated averaging with one local step
       a round.
 
-    All systems are up at the same time and take turns, block by block, so that drifts of the
-    machine touch all alike. Printed for each cell: the median step (the first of a block does not
-    count), bytes on the workers' and the server's wire, processor seconds and peak memory of a
-    worker and of the server, the loss after the same number of steps, the step over its lower
-    bound; then how we compare, and where DDP wins, why.
+    All systems are up at the same time (with VGG and 4 workers each takes 2 to 8 GB) and take
+    turns, block by block, so that drifts of the machine touch all alike. Printed for each cell: the
+    median step (the first of a block does not count), bytes on the workers' and the server's wire,
+    processor seconds and peak memory of a worker and of the server, the loss after the same number
+    of steps, the step over its lower bound; then how we compare, and where DDP wins, why.
 
 Run it, as root (it makes network namespaces and shapes their links by ``tc``)::
 
     python demos/benchmarks/end_to_end.py --models resnet18 --workers 2 --rates 100mbit \\
         --systems joint,ddp:default,flower             # one cell, about 4 minutes
     python demos/benchmarks/end_to_end.py --imitate    # everything; hours
-    python demos/benchmarks/end_to_end.py --quick      # narrow networks: whether it runs, no figures
+    python demos/benchmarks/end_to_end.py --quick      # narrow networks: whether it runs
 
 What is imitated
     Machines are network namespaces on one switch. Every worker's link is shaped to the rate, each
@@ -33,8 +33,8 @@ What is imitated
     systems. Otherwise N workers and a server share this machine's cores, and what is printed is as
     much about those as about the links.
 
-The lower bound is that of any schedule with a parameter server, at the nominal rate less the headers of
-full packets, for layers that compute as fast as alone on a core.
+The lower bound is that of any schedule with a parameter server, at the nominal rate less the
+headers of full packets, for layers that compute as fast as alone on a core.
 """
 
 from __future__ import annotations
@@ -43,18 +43,19 @@ import argparse
 import asyncio
 import json
 import os
-import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata, util
-from itertools import product
+from itertools import pairwise, product
+from pathlib import Path
 from typing import Any
 
 from _end_to_end_cell import Failure, Measured, System, measure_all, profile, several
 from _machine import describe_machine, format_machine
 
+from dynacomm_async.errors import ConfigError
 from dynacomm_async.link.units import parse_rate
 from dynacomm_async.schedule import PLANNERS, Costs, LayerCosts, lower_bound_ns
 
@@ -113,9 +114,7 @@ def lower_bound_s(layers: Sequence[Sequence[Any]], setting: Setting) -> float:
         pull_ns = int(1e9 * nbytes / rate)
         times = (pull_ns, int(1e9 * forward_s), int(1e9 * backward_s), pull_ns)
         rows.append(LayerCosts(name, nbytes, *times))
-    costs = Costs(
-        tuple(rows), 0, 0, workers=setting.workers, shared_link=setting.server == "slow"
-    )
+    costs = Costs(tuple(rows), 0, 0, workers=setting.workers, shared_link=setting.server == "slow")
     return lower_bound_ns(costs).step_ns / 1e9
 
 
@@ -148,25 +147,26 @@ def compare(found: Mapping[str, Measured]) -> dict[str, Any]:
 
 def explain(setting: Setting, nbytes: int, compute_s: float, ratios: Mapping[str, Any]) -> str:
     """Say why DDP wins, where it does."""
-    n = setting.workers
     if (ratios.get("joint_over_ddp") or 0) <= 1:
         return ""
+    n = setting.workers
     ring = 2 * (n - 1) / n
     if setting.server == "slow":
         return (
-            f"DDP wins: the server's link is as slow as a worker's and carries every worker's "
-            f"gradients and parameters, {n} x {nbytes / 1e6:.0f} MB each way; in a ring no link "
-            f"carries more than 2(N-1)/N = {ring:.2g} x that. Give the server a faster link."
+            "DDP wins: the server's link is as slow as a worker's and carries every worker's "
+            f"gradients and parameters, {n} x {nbytes / 1e6:.0f} MB each way, where in a ring no "
+            f"link carries more than {ring:.3g} x that. Give the server a faster link."
         )
     transfer_s = nbytes / setting.rate_bytes_per_s
     if transfer_s < compute_s:
         return (
             f"DDP wins: one transfer takes {transfer_s:.2f} s, computing {compute_s:.2f} s, so "
-            "either hides most of its communication, and what is left is its own cost"
+            "either hides most of its communication; what is left is processor time and the end "
+            "of a step, and nothing limits a worker's link"
         )
     return (
-        f"DDP wins although a worker's link carries {nbytes / 1e6:.0f} MB each way for us and "
-        f"{ring:.2g} x that for a ring: here the links are not what limits us"
+        f"DDP wins though a worker's link carries 1 x {nbytes / 1e6:.1f} MB each way for us and "
+        f"{ring:.3g} x for a ring: what limits us here is not the link (see --explain)"
     )
 
 
@@ -235,6 +235,9 @@ def print_cell(cell: Mapping[str, Any], setting: Setting) -> None:
         print(f"  joint is {1 / cell['joint_over_flower']:.2f}x as fast as Flower")
     if cell["explanation"]:
         print(f"  {cell['explanation']}")
+    for name, row in cell["systems"].items():
+        if row["explanation"]:
+            print(f"\n{name}:\n{row['explanation']}")
     sys.stdout.flush()
 
 
@@ -306,7 +309,7 @@ def split(steps: range, n_blocks: int) -> list[range]:
     """Cut steps into blocks as equal as can be."""
     n_blocks = min(n_blocks, len(steps))
     edges = [len(steps) * block // n_blocks for block in range(n_blocks + 1)]
-    return [steps[first:end] for first, end in zip(edges, edges[1:], strict=False)]
+    return [steps[first:end] for first, end in pairwise(edges)]
 
 
 def chosen(choices: Sequence[str]) -> Any:
@@ -316,9 +319,7 @@ def chosen(choices: Sequence[str]) -> Any:
         values = text.split(",")
         for value in values:
             if value not in choices:
-                raise argparse.ArgumentTypeError(
-                    f"no {value!r}; there are {', '.join(choices)}"
-                )
+                raise argparse.ArgumentTypeError(f"no {value!r}; there are {', '.join(choices)}")
         return values
 
     return read
@@ -328,8 +329,9 @@ def rates(text: str) -> list[str]:
     """Return comma-separated rates, for argparse."""
     for value in text.split(","):
         try:
-            parse_rate(value)
-        except ValueError as error:
+            if parse_rate(value) is None:
+                raise ConfigError("without a limit there is nothing to compare")
+        except ConfigError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
     return text.split(",")
 
@@ -421,9 +423,11 @@ def main() -> int:
     if reason is not None:
         print(f"end_to_end: {reason}", file=sys.stderr)
         return 1
-    machine = {**describe_machine(), **versions()}
+    control = Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
+    machine = {**describe_machine(), **versions(), "congestion_control": control}
     if not args.json:
         named = ", ".join(f"{name} {version}" for name, version in versions().items())
+        named += f", TCP {control}"
         how = "imitated computing (sleep)" if args.imitate else "real computing, one thread each"
         print(f"{format_machine(machine)}\n{named}\nbatch {args.batch}, {how}")
     cells = []

@@ -232,9 +232,10 @@ class LinkEstimator:
         return Prior(fit.overhead_ns, max(fit.overhead_error_ns, least_ns))
 
     def _result(self) -> LinkFit:
-        if self._n_fresh and self._n_fresh * _STALE_SHARE >= self._n_window:
-            if self._fresh_ns >= _STALE_NS or self._n_window < _MESSAGES:
-                self._refit()
+        n_window = self._n_window
+        is_stale = self._n_fresh and self._n_fresh * _STALE_SHARE >= n_window
+        if is_stale and (self._fresh_ns >= _STALE_NS or n_window < _MESSAGES):
+            self._refit()
         return self._fit
 
     @property
