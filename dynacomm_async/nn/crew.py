@@ -69,9 +69,11 @@ class Crew:
             )
             for member in others
         ]
-        for thread in threads:
-            thread.start()
+        started: list[threading.Thread] = []
         try:
+            for thread in threads:
+                thread.start()
+                started.append(thread)
             work(first)
         except _Left:
             pass
@@ -79,7 +81,7 @@ class Crew:
             self._break()
             raise
         finally:
-            for thread in threads:
+            for thread in started:
                 thread.join()
         if self._failures:
             raise self._failures[0]

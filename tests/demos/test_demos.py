@@ -71,6 +71,25 @@ def test_plain_numpy_code_trains_and_all_hold_the_same_parameters(options):
 
 @pytest.mark.slow
 @pytest.mark.peers
+def test_the_engine_benchmark_measures_both_sides():
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    options = ("--quick", "--threads=1", "--core=Haswell", "--only=layers", "--json")
+    (setting,) = json.loads(run_demo("benchmarks/engine.py", *options))
+
+    assert (setting["threads"], setting["core_type"]) == (1, "Haswell")
+    assert setting["machine"]["openblas_coretype"] == "Haswell"
+    assert {row["what"].partition(",")[0] for row in setting["rows"]} == {
+        "pool forward",
+        "batch norm forward",
+        "dense",
+        "blocked convolution",
+        "Winograd convolution",
+    }
+    assert all(min(row["ours_s"], row["torch_s"], row["target"]) > 0 for row in setting["rows"])
+
+
+@pytest.mark.slow
+@pytest.mark.peers
 def test_the_adapter_benchmark_measures_both_sides():
     pytest.importorskip("torch", reason="PyTorch is not installed")
     found = json.loads(run_demo("benchmarks/adapter.py", "--quick", "--json"))
