@@ -177,6 +177,12 @@ class Screen:
         self._began = time.monotonic()
         self._width = 0
 
+    def __enter__(self) -> Screen:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.wipe()
+
     def say(self, text: str) -> None:
         """Print a line, with the time since the beginning."""
         self.wipe()
@@ -257,7 +263,8 @@ class Run:
         step: of the newest update.
         result: what the server ended with; set when it has.
         blows: how often what was broken, by kind.
-        recovery_s: from each blow to the next step that ended.
+        recovery_s: from each blow to the end of the second step after it: what is needed for the
+            first may have been under way already.
     """
 
     def __init__(self, args: argparse.Namespace, folder: Path, steps: int, screen: Screen) -> None:
@@ -275,8 +282,9 @@ class Run:
         self._links: list[LinkProcess] = []
         self._loss: float | None = None
         self._hit: tuple[float, int] | None = None  # when the last blow fell, and in which step
+        self._n_since = 0  # steps that have ended since
         self._listening = asyncio.Event()
-        self._moved = asyncio.Event()
+        self._goes_on = asyncio.Event()
         self.step = -1
         self.result: asyncio.Future[Mapping[str, Any]] = asyncio.get_running_loop().create_future()
         self.blows: Counter[str] = Counter()
@@ -319,17 +327,20 @@ class Run:
         elif event["event"] == "step":
             self._note_recovery(event["index"])
             self.step, self._loss = event["index"], event["loss"]
-            self._moved.set()
             self.show()
         else:
             self.result.set_result({key: event[key] for key in ("steps", "sha256")})
 
     def _note_recovery(self, step: int) -> None:
+        self._n_since += 1
+        if self._n_since < 2:
+            return
+        self._goes_on.set()
         if self._hit is not None:
             (at, before), self._hit = self._hit, None
             took_s = time.monotonic() - at
             self.recovery_s.append(took_s)
-            back = f", back to step {step}" if step <= before else ""
+            back = f", from step {step - 1} on" if step - 1 <= before else ""
             self._screen.say(f"    training goes on after {took_s:.1f} s{back}")
 
     def show(self) -> None:
@@ -362,14 +373,14 @@ class Run:
             text = f"{kind} link {target}" + (f" for {seconds:g} s" if lasts else "")
         if done:
             self.blows[kind] += 1
-            self._hit = (time.monotonic(), self.step)
+            self._hit, self._n_since = (time.monotonic(), self.step), 0
+            self._goes_on.clear()
             self._screen.say(f"step {self.step + 1}: {text}")
             self.show()
 
-    async def progress(self) -> None:
-        """Return when a step has ended since the last call."""
-        self._moved.clear()
-        await self._moved.wait()
+    async def goes_on(self) -> None:
+        """Return when training has got over the last blow."""
+        await self._goes_on.wait()
 
     def drain(self) -> None:
         """Have the server stop at the next step boundary."""
@@ -383,11 +394,11 @@ async def _end(tasks: list[asyncio.Task[Any]]) -> None:
 
 
 async def rage(run: Run, args: argparse.Namespace) -> None:
-    """Deal blows at random, a step or more apart, until the time or the steps are over."""
+    """Deal blows at random, each when training has got over the last, until it is time to end."""
     numbers = random.Random(args.seed)
     deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
     while deadline is None or time.monotonic() < deadline:
-        await run.progress()
+        await run.goes_on()
         await asyncio.sleep(numbers.expovariate(1 / args.every))
         if args.steps is not None and run.step + 3 > args.steps:
             return  # the run is about to end
@@ -396,20 +407,19 @@ async def rage(run: Run, args: argparse.Namespace) -> None:
         await run.strike(numbers)
     if deadline is not None:
         await asyncio.sleep(deadline - time.monotonic())
-        await run.progress()
+        await run.goes_on()
         run.drain()
 
 
 async def play(args: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     """Train through chaos and in peace; return what came of it."""
-    with tempfile.TemporaryDirectory(prefix="dynacomm-chaos-") as folder:
+    with tempfile.TemporaryDirectory(prefix="dynacomm-chaos-") as folder, screen:
         screen.say(f"seed {args.seed}: {args.workers} workers train {args.model} on {args.data}")
         wild = Run(args, Path(folder, "wild"), args.steps or 0, screen)
         disturbed = await wild.train(lambda run: rage(run, args))
         screen.say(f"trained through {sum(wild.blows.values())} blows; now once more in peace")
         calm = Run(args, Path(folder, "calm"), disturbed["steps"], screen)
         undisturbed = await calm.train(None)
-        screen.wipe()
     return {
         "seed": args.seed,
         "blows": dict(wild.blows),

@@ -303,18 +303,29 @@ def test_no_limit_looks_at_a_clock_that_can_be_set():
 
 
 @pytest.mark.slow
-async def test_a_link_that_collapses_slows_training_and_kills_nobody(toy):
-    """One message takes several limits to come through, and both ends wait for it in peace."""
-    toy = type(toy)((LayerSpec("large", 60_000, decay=9), LayerSpec("small", 10)))
-    slow = LinkSettings(rate_down_bytes_per_s=125_000, rate_up_bytes_per_s=125_000)
+async def test_a_link_that_collapses_in_the_middle_of_a_message_slows_training_and_kills_nobody(
+    toy,
+):
+    """From 100 to 1 Mbit/s: a message then takes four limits; both ends wait for it in peace."""
+    model = type(toy)((LayerSpec("large", 60_000, decay=9), LayerSpec("small", 10)))
+    fast, slow, collapses_s = 12.5e6, 125_000, 1.5
+    nbytes = model.initial.nbytes
+    settings = LinkSettings(fast, fast, schedule=((0, fast, fast), (collapses_s, slow, slow)))
     async with (
-        serve(toy, heartbeat_s=0.5, absence_s=0, initial_statistics=None) as server,
-        Link(slow, to=tuple(server.address)) as link,
+        serve(model, heartbeat_s=0.5, absence_s=0, initial_statistics=None) as server,
+        Link(settings, to=tuple(server.address)) as link,
     ):
         began = time.monotonic()
-        work = asyncio.to_thread(toy.work, link.address, strategy="sequential", retry_s=0)
-        replica = await work
+
+        def wait_for_the_moment(session, step):
+            if step == 2:  # its push is half through when the link collapses
+                threading.Event().wait(began + collapses_s - nbytes / fast / 2 - time.monotonic())
+
+        replica = await asyncio.to_thread(
+            model.work, link.address, wait_for_the_moment, strategy="sequential", retry_s=0
+        )
         result = await server.finished()
-        assert time.monotonic() - began > 10  # nine transfers of two seconds: four limits each
-    expected, _ = toy.replay(1, STEPS, TRAINING)
+        took_s = time.monotonic() - began
+        assert took_s > collapses_s + 3 * nbytes / slow  # one push, two pulls and a part
+    expected, _ = model.replay(1, STEPS, TRAINING)
     assert result.parameters.tobytes() == replica.parameters.tobytes() == expected.tobytes()
