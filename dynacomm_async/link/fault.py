@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, Final
 
 from dynacomm_async.errors import ConfigError
@@ -29,6 +31,7 @@ RANDOM_SIZE: Final = 0
 _WAYS: Final = ("up", "down", "both")
 _LASTING: Final = ("stall", "slow-close", "down")
 _AT_ONCE: Final = ("slice", "slow-close")
+_NAMES: Final = ("bytes", "time", "every", "for", "size", "seed", "connection")
 _FORM = re.compile(r"(?P<kind>[a-z-]+)(?::(?P<way>[a-z]+))?(?:[@,](?P<rest>.+))?")
 _EXAMPLE: Final = "such as reset:up@bytes=100000, stall:both@time=2s,for=3s or slice:down,size=7"
 
@@ -65,8 +68,8 @@ class Fault:
     connection: int | None = None
 
     def __post_init__(self) -> None:
-        _check(self.kind in FAULT_KINDS, f"unknown fault {self.kind!r}: {', '.join(FAULT_KINDS)}")
-        _check(self.way in _WAYS, f"unknown direction {self.way!r}: up, down or both")
+        _check(self.kind in FAULT_KINDS, _unknown("fault", self.kind, FAULT_KINDS))
+        _check(self.way in _WAYS, _unknown("direction", self.way, _WAYS))
         _check(self.at_nbytes is None or self.at_s is None, "bytes and time together: give one")
         _check(self.at_nbytes is None or self.at_nbytes > 0, "bytes must be above 0")
         for name, value in (("time", self.at_s), ("for", self.for_s)):
@@ -154,13 +157,19 @@ def _values(text: str) -> dict[str, Any]:
             _check(name != "size" or int(value) > 0, "size must be at least 1, or random")
             found["at_nbytes" if name == "bytes" else name] = int(value)
         else:
-            raise ConfigError(f"unknown {name!r}: bytes, time, every, for, size, seed, connection")
+            raise ConfigError(_unknown("name", name, _NAMES))
         seen.add(name)
     return found
 
 
 def _seconds(value: float | None) -> str | None:
     return None if value is None else f"{float(value)!r}s"
+
+
+def _unknown(what: str, name: str, known: Sequence[str]) -> str:
+    near = get_close_matches(name, known, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return f"unknown {what} {name!r}{hint}, known are {', '.join(known)}"
 
 
 def _check(holds: bool, message: str) -> None:

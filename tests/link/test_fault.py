@@ -29,8 +29,11 @@ def test_a_fault_is_what_its_text_says_and_its_text_says_exactly_what_it_is(text
     ("text", "why"),
     [
         ("", "not of the form"),
-        ("explode:up@bytes=1", "unknown fault"),
-        ("reset:sideways@bytes=1", "unknown direction"),
+        ("explode:up@bytes=1", "'explode', known are reset, cut, stall, slice, slow-close, down"),
+        ("rest:up@bytes=1", r"unknown fault 'rest' \(did you mean reset\?\), known are reset, cut"),
+        ("slow_close,for=1s", "not of the form"),
+        ("reset:sideways@bytes=1", "unknown direction 'sideways', known are up, down, both"),
+        ("reset@byte=1", r"unknown name 'byte' \(did you mean bytes\?\), known are bytes, time"),
         ("reset:up", "say when"),
         ("reset@bytes=1,time=1s", "give one"),
         ("reset@bytes=0", "above 0"),
@@ -43,7 +46,7 @@ def test_a_fault_is_what_its_text_says_and_its_text_says_exactly_what_it_is(text
         ("slice:up", "needs size"),
         ("slice:up,size=0", "at least 1"),
         ("slice,size=3,every=5s", "needs bytes"),
-        ("slice,size=3,shape=5", "unknown 'shape'"),
+        ("slice,size=3,shape=5", "unknown name 'shape'"),
         ("down@time=1s,for=1s,connection=1", "all connections"),
     ],
 )

@@ -184,3 +184,67 @@ def test_faults_survive_the_way_through_the_command_line() -> None:
     add_arguments(parser)
     arguments = ["--listen=127.0.0.1:0", "--to=127.0.0.1:1", *arguments_of(settings)]
     assert settings_from(parser.parse_args(arguments)) == settings
+
+
+WHENS = {
+    "reset": "",
+    "cut": "",
+    "stall": ",for=0.01s",
+    "slice": ",size=100",
+    "slow-close": ",for=0.01s",
+    "down": ",for=0.01s",
+}
+
+
+@pytest.mark.parametrize("way", ["up", "down", "both"])
+@pytest.mark.parametrize("trigger", ["bytes=2000", "time=0.01s,every=0.05s"])
+@pytest.mark.parametrize("kind", WHENS)
+def test_every_fault_happens_each_way_at_a_time_or_a_count_and_is_counted_by_its_name(
+    server: socket.socket, kind: str, way: str, trigger: str
+) -> None:
+    """Bytes go both ways in turns until the fault has happened, and a little longer."""
+    fault = parse_fault(f"{kind}:{way}@{trigger}{WHENS[kind]}")
+
+    def exchange(pair: Pair) -> bool:
+        """Carry 1000 bytes there and back; return whether the connection still is there."""
+        for source, sink in (pair, pair[::-1]):
+            try:
+                source.sendall(DATA[:1000])
+                left = 1000
+                while left and (piece := sink.recv(left)):
+                    assert piece == DATA[1000 - left : 1000 - left + len(piece)]
+                    left -= len(piece)
+            except ConnectionError:
+                return False
+            if left:
+                return False
+        return True
+
+    def end(pair: Pair) -> bytes:
+        for sock in pair:
+            sock.shutdown(socket.SHUT_WR)
+        return pair[0].recv(1) + pair[1].recv(1)
+
+    async def main() -> None:
+        async with Link(LinkSettings(faults=(fault,)), server.getsockname()) as link:
+            pair = await asyncio.to_thread(connect, link, server, "up")
+            alive = True
+            if kind in ("reset", "cut"):
+                while alive:
+                    alive = await asyncio.to_thread(exchange, pair)
+            elif kind == "slow-close":  # happens to the end of the stream
+                until = asyncio.get_running_loop().time() + 0.1
+                while asyncio.get_running_loop().time() < until:
+                    assert await asyncio.to_thread(exchange, pair)
+            else:
+                while not link.faults[str(fault)]:
+                    assert await asyncio.to_thread(exchange, pair)
+                assert await asyncio.to_thread(exchange, pair)
+            if alive:
+                assert await asyncio.to_thread(end, pair) == b""
+            for sock in pair:
+                sock.close()
+            assert list(link.faults) == [str(fault)]
+            assert link.faults[str(fault)] >= 1
+
+    asyncio.run(main())
