@@ -150,6 +150,26 @@ def test_a_flipped_bit_in_any_byte_is_never_loaded(two, content, caplog):
     assert checkpoints.load().step == 20
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_any_flipped_bit_of_any_byte_is_never_loaded(two, content, caplog):
+    """The long form: every bit."""
+    checkpoints, _, _ = two
+    flips = 0
+    for path in newest_files(checkpoints.directory):
+        whole = path.read_bytes()
+        for place in range(len(whole)):
+            for bit in range(8):
+                torn = bytearray(whole)
+                torn[place] ^= 1 << bit
+                path.write_bytes(torn)
+                assert_falls_back(two, content, caplog, (path.name, place, bit))
+                flips += 1
+        path.write_bytes(whole)
+    assert flips > 8000
+    assert checkpoints.load().step == 20
+
+
 def test_zeros_or_garbage_behind_any_offset_are_never_loaded(two, content, caplog):
     # What a file system may leave of a file that was not flushed: the length without the bytes.
     checkpoints, _, _ = two
@@ -163,8 +183,11 @@ def test_zeros_or_garbage_behind_any_offset_are_never_loaded(two, content, caplo
         path.write_bytes(whole)
 
 
+@pytest.mark.parametrize(
+    "times", [60, pytest.param(3000, marks=[pytest.mark.soak, pytest.mark.timeout(900)])]
+)
 def test_a_larger_one_cut_or_flipped_at_random_is_never_loaded(
-    tmp_path, draw_state, content, caplog
+    tmp_path, draw_state, content, caplog, times
 ):
     numbers = random.Random(SEED)
     layers = (LayerSpec("a", 40_000, 10, 0), LayerSpec("b", 70_001, 0, 333))
@@ -172,7 +195,7 @@ def test_a_larger_one_cut_or_flipped_at_random_is_never_loaded(
     with Checkpoints(tmp_path) as checkpoints:
         for state in states:
             checkpoints.save(state)
-        for _ in range(60):
+        for _ in range(times):
             path = numbers.choice(newest_files(tmp_path))
             whole = path.read_bytes()
             place = numbers.randrange(len(whole))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import subprocess
 import sys
 import textwrap
@@ -15,6 +16,7 @@ from dynacomm_async.errors import CheckpointError
 from dynacomm_async.server.checkpoint import Checkpoints, files
 from dynacomm_async.wire.grid import LayerSpec
 
+SEED = 21
 CALLS = ("open", "write", "fsync", "close", "rename", "mkdir", "listdir")
 
 
@@ -172,6 +174,39 @@ def test_a_disk_that_is_full_fails_the_save_and_harms_nothing(small_disk, draw_s
         checkpoints.save(states[2])
         assert content(checkpoints.load()) == content(states[2])
         assert [found.step for found in checkpoints.list()] == [1, 3]
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_a_disk_with_any_room_left_saves_whole_or_fails_and_harms_nothing(
+    small_disk, draw_state, content
+):
+    """The long form: 300 amounts of room, from nothing to more than enough."""
+    place, _ = small_disk
+    numbers = random.Random(SEED)
+    layers = (LayerSpec("w", 20_000),)
+    outcomes = []
+    with Checkpoints(place / "checkpoints", keep=1) as checkpoints:
+        last = draw_state(0, layers=layers)
+        checkpoints.save(last)
+        for step in range(1, 301):
+            free = os.statvfs(place)
+            free_nbytes = free.f_bavail * free.f_bsize
+            ballast = place / "ballast"
+            ballast.write_bytes(bytes(free_nbytes - numbers.randrange(250_000)))
+            state = draw_state(step, layers=layers)
+            told = None
+            try:
+                checkpoints.save(state)
+            except CheckpointError as error:
+                told = str(error)
+            else:
+                last = state
+            outcomes.append(told is None)
+            assert told is None or "No space left on device" in told, (SEED, step)
+            assert content(checkpoints.load()) == content(last), (SEED, step)
+            ballast.unlink()
+    assert min(outcomes.count(True), outcomes.count(False)) >= 20, (SEED, outcomes)
 
 
 def test_a_disk_that_turns_read_only_is_said_and_recovers(small_disk, draw_state, content):
