@@ -30,7 +30,12 @@ def one_message(grid, estimator):
 
 async def take_turns(toy, faults, hits, numbers, n_returns):
     """Let a former member return so many times; return the server's result and the survivor's."""
-    again = ["term-outdated", "run-full"]
+    again, loop, placed = ["term-outdated", "run-full"], asyncio.get_running_loop(), asyncio.Event()
+
+    def plans(grid, estimator):
+        loop.call_soon_threadsafe(placed.set)  # it has been welcomed
+        return one_message(grid, estimator)
+
     async with ParameterServer(
         toy.layers,
         workers=2,
@@ -42,8 +47,9 @@ async def take_turns(toy, faults, hits, numbers, n_returns):
         absence_s=60.0,
     ) as server:
         steady = asyncio.create_task(
-            asyncio.to_thread(toy.work, server.address, plans=one_message, retry_s=60.0)
+            asyncio.to_thread(toy.work, server.address, plans=plans, retry_s=60.0)
         )
+        await placed.wait()
         async with (
             faults.WorkerLife(server.address, hits, again=again, spoilt=True) as one,
             faults.WorkerLife(server.address, hits, again=again, spoilt=True) as other,

@@ -1,9 +1,10 @@
 """A worker of the toy model as a process of its own: ``python working.py HOST:PORT [JSON]``.
 
 It prints the index of each step that it begins. The JSON says what it does differently:
-``layers``, the model; ``idle_at``, the step in which it stops to compute and only listens;
-``retry_s``; ``again``, the codes of refusals after which it joins anew; ``spoilt``, whether it
-computes nonsense from the moment on at which it is woken up (SIGCONT) until it has joined anew.
+``layers``, the model; ``cuts``, between the layers, of its messages; ``idle_at``, the step in which
+it stops to compute and only listens; ``retry_s``; ``again``, the codes of refusals after which it
+joins anew; ``spoilt``, whether it computes nonsense from the moment on at which it is woken up
+(SIGCONT) until it has joined anew.
 """
 
 from __future__ import annotations
@@ -44,6 +45,11 @@ def work(address: str, told: dict) -> int:
         signal.signal(signal.SIGCONT, lambda number, frame: spoilt.set())
         toy.noise = lambda slot, step: helpers.Toy.noise(toy, slot, step) + 1000 * spoilt.is_set()
 
+    def plans(grid, estimator):
+        if "cuts" in told:
+            return FixedPlan(Plan.from_cuts("cut", len(grid.layers), told["cuts"], told["cuts"]))
+        return one_message(grid, estimator)
+
     def begin(session, index):
         print(index, flush=True)
         if index == told.get("idle_at"):
@@ -54,7 +60,7 @@ def work(address: str, told: dict) -> int:
             toy.work(
                 parse_address(address),
                 at_step=begin,
-                plans=one_message,
+                plans=plans,
                 retry_s=told.get("retry_s", 60.0),
             )
         except DynaCommError as error:
