@@ -31,7 +31,13 @@ from typing import Any, TypeAlias
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from dynacomm_async.errors import ChannelBroken, ChannelError, ConfigError, PeerError
+from dynacomm_async.errors import (
+    ChannelBroken,
+    ChannelError,
+    CheckpointError,
+    ConfigError,
+    PeerError,
+)
 from dynacomm_async.server import Checkpoints, ParameterServer, RunResult, StepRecord
 from dynacomm_async.transport import Address
 
@@ -53,7 +59,7 @@ attempt to the next."""
 _STOPPED = "server-draining"
 
 _ANEW = {
-    *("run-full", "run-mismatch", "term-outdated", "connection-outdated"),
+    *("run-full", "place-kept", "run-mismatch", "term-outdated", "connection-outdated"),
     *(_STOPPED, "server-stopped"),
 }
 """Refusals after which a worker begins anew; others are errors that would come again."""
@@ -235,32 +241,43 @@ class ServerActor:
         """Return the result; None if the server was asked to go back."""
         if not self._stops:
             self._asked.clear()
-        async with terms.make_server(
-            workers=terms.workers,
-            listen=Address(ray.util.get_node_ip_address(), 0),
-            insecure=terms.insecure,
-            run=terms.run,
-            checkpoints=checkpoints,
-            resume=resume,
-            on_step=self._tell,
-        ) as server:
-            finished = asyncio.create_task(server.finished(), name="finished")
-            asked = asyncio.create_task(self._asked.wait(), name="asked")
-            self._address = server.address
-            self._settled.set()
-            try:
-                await asyncio.wait([finished, asked], return_when=asyncio.FIRST_COMPLETED)
-                if finished.done():
-                    return finished.result()
-                self._forget_address()
-                self._step = await server.drain()
-                self._tell(f"the server goes back to step {self._step}")
-                return None
-            finally:
-                self._forget_address()
-                asked.cancel()
-                finished.cancel()
-                await asyncio.gather(asked, finished, return_exceptions=True)
+        result: RunResult | None = None
+        try:
+            async with terms.make_server(
+                workers=terms.workers,
+                listen=Address(ray.util.get_node_ip_address(), 0),
+                insecure=terms.insecure,
+                run=terms.run,
+                checkpoints=checkpoints,
+                resume=resume,
+                on_step=self._tell,
+            ) as server:
+                result = await self._watch(server)
+        except CheckpointError as error:
+            if result is None:
+                raise
+            self._tell(f"the last checkpoint was not saved: {error}")
+        return result
+
+    async def _watch(self, server: ParameterServer) -> RunResult | None:
+        """Return the result; None once the server has been asked to go back, and has."""
+        finished = asyncio.create_task(server.finished(), name="finished")
+        asked = asyncio.create_task(self._asked.wait(), name="asked")
+        self._address = server.address
+        self._settled.set()
+        try:
+            await asyncio.wait([finished, asked], return_when=asyncio.FIRST_COMPLETED)
+            if finished.done():
+                return finished.result()
+            self._forget_address()
+            self._step = await server.drain()
+            self._tell(f"the server goes back to step {self._step}")
+            return None
+        finally:
+            self._forget_address()
+            asked.cancel()
+            finished.cancel()
+            await asyncio.gather(asked, finished, return_exceptions=True)
 
     def _forget_address(self) -> None:
         self._address = None

@@ -85,9 +85,13 @@ class Child:
         for line in lines if not self._ending else ():
             say(f"{self.name}: {line}")
 
+    def hush(self) -> None:
+        """From now on what it says on standard error is not passed on."""
+        self._ending = True
+
     async def end(self) -> None:
         """End it now if it still runs; what it has to say to that is not passed on."""
-        self._ending = True
+        self.hush()
         process = self._process
         if process.returncode is None:
             process.terminate()
@@ -124,6 +128,11 @@ class Children:
         for watcher in self._watchers:
             watcher.cancel()
         await asyncio.gather(*self._watchers, return_exceptions=True)
+
+    def hush(self) -> None:
+        """From now on what they say on standard error is not passed on: all are about to end."""
+        for child in self._children:
+            child.hush()
 
     async def start(
         self,

@@ -243,6 +243,7 @@ async def _compare(
             servers = [parse_address(listening[name]) for name in strategies]
             rows = await start_links(stack, fleet.links, servers, parts)
             links = dict(zip(strategies, rows, strict=True))
+            stack.callback(children.hush)  # before the links go, which is a loss for the others
         for process in range(n_workers):
             worker = await children.start(
                 f"worker {process}",

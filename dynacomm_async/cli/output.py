@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 import os
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,6 +30,7 @@ __all__ = [
     "seconds",
     "step_notes",
     "table",
+    "telling",
     "to_json",
 ]
 
@@ -96,6 +99,27 @@ def die_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="watch-parent", daemon=True).start()
+
+
+class _Telling(logging.Handler):
+    """Tells the person what the library logs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(self.format(record))
+
+
+@contextlib.contextmanager
+def telling(logger_name: str) -> Iterator[None]:
+    """Within this block, tell the person what a logger has to say, progress line or not."""
+    logger, handler = logging.getLogger(logger_name), _Telling()
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 class Progress:

@@ -20,6 +20,7 @@ from dynacomm_async.cli.output import (
     say,
     say_if_diverged,
     step_notes,
+    telling,
 )
 from dynacomm_async.cli.place import fill_serve, own_place
 from dynacomm_async.cli.signals import run
@@ -101,7 +102,8 @@ def command(args: argparse.Namespace) -> int:
         fill_serve(args, own_place())
     if args.save is not None:
         check_writable(args.save)
-    with recorded(args.trace) as recorder:
+    news = nullcontext() if args.events else telling("dynacomm_async.server")
+    with news, recorded(args.trace) as recorder:
         settings = settings_of(args, args.strategy)
         workload = load_workload(settings)
         steps = steps_of(args, workload)

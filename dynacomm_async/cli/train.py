@@ -138,6 +138,7 @@ async def _train(
         if not fleet.is_local:
             (links,) = await start_links(stack, fleet.links, [server], parts)
             targets = [process.address for process in links]
+            stack.callback(children.hush)  # before the links go, which is a loss for the others
         for number, target in enumerate(targets):
             await children.start(
                 f"worker {number}",

@@ -310,6 +310,7 @@ class Run:
         assert place is not None
         assert self._pace is not None
         if self._updates is None:  # nobody is let in by himself
+            _log.info("worker %d has joined from %s", place.slot, place.peer)
             asyncio.get_running_loop().call_soon(self._begin_when_ready)
             return
         ends = self._options.mode.leaving == "end"
@@ -331,6 +332,7 @@ class Run:
             raise RemoteProtocolError("a member comes back before training has begun")
         version = resume.subscription.version
         have, skip = self._pace.come_back(member, member.slot, version)
+        _log.info("worker %d is back from %s", member.slot, member.channel.peer)
         failpoint("server.after-have")
         ending = End(self._options.steps) if self.finishing else None
         return Comeback(self._grid, have, skip, ending)
@@ -422,6 +424,12 @@ class Run:
 
     def _give_up(self, place: Place, what: str, *, expelled: bool = False) -> None:
         """Nobody waits for this member any more."""
+        had_joined = place.member is not None and place.member.joined
+        if had_joined and not self._training_began and not self._ended:
+            _log.warning(
+                "worker %d (%s) %s, before training began: its place is free",
+                *(place.slot, place.peer, what),
+            )
         if expelled:
             self._places.expel(place)
         else:

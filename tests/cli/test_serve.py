@@ -178,6 +178,24 @@ def test_garbage_does_not_disturb_the_training(serve, work, undisturbed):
     assert sha_of(server, workers) == undisturbed
 
 
+def test_the_server_tells_who_joins_and_who_goes_again_before_training_begins(serve, work):
+    server = serve(workers=2)
+    first = work(server)
+    joined = server.program.read_error_line()
+    first.popen.kill()
+    gone = server.program.read_error_line()
+
+    found = re.fullmatch(r"worker 0 has joined from (127\.0\.0\.1:\d+)\n", joined)
+    assert found, joined
+    assert re.fullmatch(
+        rf"worker 0 \({found[1]}\) was lost in step 0: .*, before training began: "
+        r"its place is free\n",
+        gone,
+    ), gone
+
+    assert sha_of(server, [work(server), work(server)])
+
+
 def test_listening_where_others_can_reach_it_needs_to_be_allowed(run, quick):
     outcome = run("serve", *quick, "--listen", "0.0.0.0:0")
     assert outcome.code == 1
@@ -206,6 +224,7 @@ def test_a_lost_worker_ends_the_run_in_one_line_everywhere(serve, work):
     workers = [work(server), work(server)]
     for worker in workers:
         worker.read_error_line()
+        server.program.read_error_line()  # who has joined
     workers[0].popen.kill()
     workers[0].finish()
     for program in (server.program, workers[1]):
