@@ -66,6 +66,9 @@ _PATIENCE_S = 2.0
 
 _TEST_S = 30.0
 
+_OWN_THREADS = ("dynacomm", "checkpoints", "plan search")
+"""How the names of the package's threads begin; the loops' own executors keep theirs."""
+
 
 # -- leaks ---------------------------------------------------------------------------------------
 
@@ -106,7 +109,7 @@ def _things() -> set[str]:
     threads = {
         f"thread {thread.name} ({thread.ident})"
         for thread in threading.enumerate()
-        if thread.name.startswith("dynacomm")
+        if thread.name.startswith(_OWN_THREADS)
     }
     return threads | _open_sockets() | _children()
 
