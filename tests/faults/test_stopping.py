@@ -135,7 +135,7 @@ async def stop_and_go_on(stop, tmp_path, n_workers, failpoints=""):
             pool.shutdown()
 
 
-@pytest.fixture(params=[5, pytest.param(50, marks=pytest.mark.soak)])
+@pytest.fixture(params=[5, pytest.param(50, marks=[pytest.mark.soak, pytest.mark.timeout(900)])])
 def n_workers(request):
     return request.param
 
