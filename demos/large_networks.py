@@ -8,7 +8,7 @@ What it shows
 
 Run it::
 
-    python demos/large_networks.py                              # all four, four minutes, 4 GB
+    python demos/large_networks.py                              # all four, four minutes, 5 GB
     python demos/large_networks.py vgg19 --bandwidth 500mbit
     python demos/large_networks.py googlenet --batch 8 --steps 12
 

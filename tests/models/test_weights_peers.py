@@ -402,6 +402,7 @@ def test_new_weights_of_the_deepest_networks_give_the_same_logits_in_float32(nam
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", range(3))
 def test_resnet152_with_branches_as_small_as_trained_ones_agrees_in_float32(seed):
     network, twin, images = pair("resnet152", seed)
@@ -419,6 +420,7 @@ def test_resnet152_with_branches_as_small_as_trained_ones_agrees_in_float32(seed
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", DEEPEST)
 def test_where_rounding_errors_grow_ours_are_no_larger_than_pytorchs(name, seed):
