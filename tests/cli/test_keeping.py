@@ -32,13 +32,18 @@ def serve(start, quick, tmp_path):
     return start_server
 
 
-def sha_of_undisturbed(quick):
-    command = [sys.executable, "-m", "dynacomm_async.cli.main", "train", *quick, *LENGTHS]
-    return json.loads(subprocess.check_output([*command, "--json"]))["parameters_sha256"]
+def sha_of_undisturbed(*options):
+    command = [sys.executable, "-m", "dynacomm_async.cli.main", "train", *options, "--json"]
+    return json.loads(subprocess.check_output(command))["parameters_sha256"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    return sha_of_undisturbed("--data", "synthetic:128:32", "--batch", "8", *LENGTHS)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-def test_the_first_signal_drains_and_the_run_goes_on_bit_for_bit(serve, start, quick, number):
+def test_the_first_signal_drains_and_the_run_goes_on_bit_for_bit(serve, start, undisturbed, number):
     server = serve()
     workers = [start("work", "--server", server.address) for _ in range(2)]
     for worker in workers:
@@ -56,7 +61,30 @@ def test_the_first_signal_drains_and_the_run_goes_on_bit_for_bit(serve, start, q
         assert worker.finish().code == 0
     outcome = again.finish()
     assert outcome.code == 0, outcome.err
-    assert json.loads(outcome.out)["parameters_sha256"] == sha_of_undisturbed(quick)
+    assert json.loads(outcome.out)["parameters_sha256"] == undisturbed
+
+
+def test_a_run_that_ended_in_the_middle_of_an_epoch_goes_on_with_new_workers_bit_for_bit(
+    start, quick, tmp_path
+):
+    """Nothing but the directory is left of the first 12 steps; an epoch has 16."""
+
+    def run_to(steps):
+        where = ("--checkpoint-dir", tmp_path / "new", "--resume", "--listen", "127.0.0.1:0")
+        server = start("serve", *quick, "--workers", 1, "--steps", steps, *where, "--json")
+        lines = iter(server.read_error_line, "")
+        found = next(filter(None, (re.search(r"listening on (\S+),", line) for line in lines)))
+        address = found[1]
+        assert start("work", "--server", address).finish().code == 0
+        outcome = server.finish()
+        assert outcome.code == 0, outcome.err
+        return outcome.json
+
+    assert run_to(12)["steps"] == 12, "the directory was empty: a fresh start"
+    gone_on = run_to(20)
+    assert gone_on["steps"] == 20
+    undisturbed = sha_of_undisturbed(*quick, "--workers", "1", "--steps", "20")
+    assert gone_on["parameters_sha256"] == undisturbed
 
 
 def test_resume_needs_to_know_where_the_checkpoints_are(run, quick):
