@@ -202,12 +202,14 @@ class ParameterServer:
         """
         run, saving = self._run, self._saving
         state = await run.stop_updates()
-        if saving is None or state is None or run.has_ended:
+        if saving is None or run.has_ended:
             return run.step
         if not run.finishing:
             text = f"the server stops at step {run.step}; it may be started again to go on there"
             run.draining = Error("server-draining", text)
             run.fail(run.draining)
+        if state is None:  # training has not begun: there is nothing that the next life needs
+            return run.step
         saving.offer(state.copy())
         await saving.close(_SAVE_S)
         return run.step

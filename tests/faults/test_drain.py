@@ -74,6 +74,26 @@ async def test_a_drained_run_goes_on_with_the_bits_of_an_undisturbed_one(
         assert end.statistics.tobytes() == statistics.tobytes()
 
 
+async def test_workers_of_a_server_that_is_drained_before_training_began_wait_for_the_next_one(
+    toy, tmp_path
+):
+    training = Training(SGD(0.9), Constant(0.02))
+    with Checkpoints(tmp_path) as checkpoints:
+        async with serve(toy, checkpoints, training) as server:
+            address = server.address
+            first = asyncio.create_task(asyncio.to_thread(toy.work, address, retry_s=20.0))
+            while not server.members:
+                await asyncio.sleep(0)
+            assert await server.drain() == 0
+        async with serve(toy, checkpoints, training, listen=address) as server:
+            while not server.members:  # it is back, and a newcomer finds its rank taken
+                await asyncio.sleep(0)
+            await asyncio.gather(first, asyncio.to_thread(toy.work, address))
+            result = await server.finished()
+    expected, _ = toy.replay(2, STEPS, training)
+    assert result.parameters.tobytes() == expected.tobytes()
+
+
 async def test_the_step_under_way_is_taken_back_cell_by_cell(toy, tmp_path, connect_raw):
     """Half of a step has been applied: it must not be in the checkpoint."""
     training = Training(SGD(0.9), Constant(0.02))
