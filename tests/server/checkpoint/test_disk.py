@@ -268,9 +268,9 @@ KILLED = """
         pairs = zip((loaded.parameters, *loaded.optimizer), (wanted.parameters, *wanted.optimizer))
         return all(a.tobytes() == b.tobytes() for a, b in pairs) and loaded.settings["step"]
 
-    root, died, renamed = sys.argv[1], 0, 0
-    for when in ("before", "within", "after"):
-        for die_at in range(1000):
+    root, every, died, renamed = sys.argv[1], int(sys.argv[2]), 0, 0
+    for first, when in enumerate(("before", "within", "after")):
+        for die_at in range(first % every, 1000, every):
             directory = f"{root}/{when}-{die_at}"
             with Checkpoints(directory, keep=2) as checkpoints:
                 checkpoints.save(state(1))
@@ -300,9 +300,11 @@ KILLED = """
 """
 
 
-def test_a_process_killed_at_any_call_of_a_save_leaves_the_last_good_one(tmp_path):
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.soak)])
+def test_a_process_killed_at_any_call_of_a_save_leaves_the_last_good_one(tmp_path, every):
+    """Before, within and after every call; the short form takes the three in turns."""
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path)],
+        [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path), str(every)],
         capture_output=True,
         text=True,
         timeout=100,
@@ -310,7 +312,7 @@ def test_a_process_killed_at_any_call_of_a_save_leaves_the_last_good_one(tmp_pat
     )
     assert (done.returncode, done.stderr) == (0, "")
     died, renamed = map(int, done.stdout.split())
-    assert died > 90, "three times about 35 calls"
+    assert died > 90 // every, "three times about 35 calls"
     assert 0 < renamed < died, "before and after the rename"
 
 
