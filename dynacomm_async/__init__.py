@@ -50,7 +50,9 @@ if TYPE_CHECKING:
         make_plan as make_plan,
     )
     from dynacomm_async.server import (
+        Applied as Applied,
         LayerOptions as LayerOptions,
+        Mode as Mode,
         ParameterServer as ParameterServer,
         RunResult as RunResult,
         StepRecord as StepRecord,
@@ -99,7 +101,9 @@ _HOMES = {
         "make_plan",
     ],
     "server": [
+        "Applied",
         "LayerOptions",
+        "Mode",
         "ParameterServer",
         "RunResult",
         "StepRecord",

@@ -68,7 +68,6 @@ PURITY = {
     "optim.py": CLOCKS | IO,
     "link": {"numpy"},
     "server/modes.py": CLOCKS | IO | ARRAYS,
-    "server/roster.py": CLOCKS | IO | ARRAYS,
     "server/rounds.py": CLOCKS | IO,
     "server/store.py": CLOCKS | IO,
     "worker/step.py": CLOCKS | IO | ARRAYS,

@@ -134,6 +134,7 @@ def make_server(
         initial=initial,
         initial_statistics=initial_statistics,
         settings=settings,
+        blocks=workload.batches.split.blocks,
         **server_options(args),
         **options,
     )

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from dynacomm_async.addresses import parse_address
 from dynacomm_async.cli.children import Children, Event
-from dynacomm_async.cli.keeping import add_fault_arguments, fault_options
+from dynacomm_async.cli.keeping import add_fault_arguments, fault_options, mode_of
 from dynacomm_async.cli.links import Fleet, add_fleet_arguments, fleet_from, start_links
 from dynacomm_async.cli.output import Progress, check_writable, decimal, print_json
 from dynacomm_async.cli.serve import add_init_argument, add_output_arguments
@@ -24,6 +24,7 @@ from dynacomm_async.cli.workload import (
     check_run,
 )
 from dynacomm_async.link.process import LinkProcess
+from dynacomm_async.server import check_mode
 
 __all__ = ["add_arguments", "command", "train_locally"]
 
@@ -93,6 +94,8 @@ def train_locally(
         DynaCommError: a setting is wrong, or a process failed.
     """
     _, steps = check_run(args, strategy)  # fail here, with one line, rather than in a child
+    if hasattr(args, "on_leave"):
+        check_mode(mode_of(args), strategy, workers=args.workers)
     return run(_train(args, strategy, steps, fleet, explained))
 
 

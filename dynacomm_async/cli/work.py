@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from dynacomm_async.cli.output import Progress, emit, say, step_notes
 from dynacomm_async.cli.place import fill_work, own_place
 from dynacomm_async.cli.signals import interruptible
 from dynacomm_async.cli.tracing import add_own_trace_argument, recorded
-from dynacomm_async.cli.workload import Workload, load_workload, number
+from dynacomm_async.cli.workload import Batch, Workload, load_workload, number
 from dynacomm_async.nn import KERNELS
 from dynacomm_async.observe import describe_plan, explain_worker
 from dynacomm_async.recording import Recorder
@@ -103,7 +102,10 @@ def join(args: argparse.Namespace, recorder: Recorder | None = None) -> None:
         progress = Progress("step", welcome.steps, log=not args.events)
         news = _News(session, args.events)
         try:
-            batches = partial(workload.batch, welcome.slot)
+
+            def batches(index: int) -> Batch:
+                return workload.batch(welcome.slot, index, session.split_of(index))
+
             steps = train(session, engine, batches, slowdown=args.slowdown, seed=workload.seed)
             for step in steps:
                 progress.update(

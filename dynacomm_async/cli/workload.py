@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +18,12 @@ from dynacomm_async.models import build, load_weights
 from dynacomm_async.nn import Network
 from dynacomm_async.optim import parse_rule, parse_schedule
 from dynacomm_async.schedule import PLANNERS, find_planner
-from dynacomm_async.server import Training
+from dynacomm_async.server import DEFAULT_MAX_GRADIENT, Training
+from dynacomm_async.split import Split
 from dynacomm_async.worker import DEFAULT_STRATEGY
 
 __all__ = [
+    "Batch",
     "Workload",
     "add_model_arguments",
     "add_run_arguments",
@@ -39,6 +41,10 @@ __all__ = [
 _EVALUATED_IMAGES, _EVALUATED_FLOATS = 256, 1 << 25
 """Images that are evaluated at a time, and activations at most: a server of little memory lives on
 when a large network has been trained."""
+
+
+Batch: TypeAlias = tuple[NDArray[np.float32], NDArray[np.int64]]
+"""(N, H, W, C) images and their (N,) labels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +70,16 @@ class Workload:
     threads: int
     _augmentation: Augmentation
 
-    def batch(self, slot: int, step: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Return the images and labels of a worker's step, a pure function of the two."""
-        indices = self.batches.indices(slot, step)
-        epoch = step // self.batches.steps_per_epoch
+    def batch(self, slot: int, step: int, split: Split | None = None) -> Batch:
+        """Return the images and labels of a worker's step, a pure function of the arguments.
+
+        Args:
+            slot: the worker's rank.
+            step: from 0.
+            split: among whom the data of the step are divided; None: all ranks.
+        """
+        indices = self.batches.indices(slot, step, split)
+        epoch, _ = (split or self.batches.split).locate(step)
         images = self._augmentation.take(self.train.images, indices, seed=self.seed, epoch=epoch)
         return images, self.train.labels[indices]
 
@@ -315,7 +327,10 @@ def check_run(args: argparse.Namespace, strategy: str) -> tuple[dict[str, Any], 
 def training_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the options that :func:`training_of` reads, as plain values."""
     names = ("rule", "rate_schedule", "rate", "weight_decay")
-    return {name: getattr(args, name) for name in names}
+    options = {name: getattr(args, name) for name in names}
+    if hasattr(args, "max_gradient"):
+        options["max_gradient"] = args.max_gradient
+    return options
 
 
 def training_of(options: Mapping[str, Any], steps: int) -> Training:
@@ -328,4 +343,5 @@ def training_of(options: Mapping[str, Any], steps: int) -> Training:
         parse_rule(options["rule"]),
         parse_schedule(options["rate_schedule"], base=options["rate"], steps=steps),
         options["weight_decay"],
+        max_gradient=options.get("max_gradient", DEFAULT_MAX_GRADIENT),
     )

@@ -1,11 +1,12 @@
 """The parameter server: pure rounds and store, and the asyncio shell around them."""
 
 from dynacomm_async.server.checkpoint import Checkpoint, Checkpoints, CheckpointState, Saver
-from dynacomm_async.server.modes import Mode
+from dynacomm_async.server.modes import Mode, check_mode
 from dynacomm_async.server.results import Applied
 from dynacomm_async.server.rounds import Rounds
 from dynacomm_async.server.server import ParameterServer, RunResult, StepRecord
 from dynacomm_async.server.store import (
+    DEFAULT_MAX_GRADIENT,
     LayerOptions,
     Store,
     Training,
@@ -14,6 +15,7 @@ from dynacomm_async.server.store import (
 )
 
 __all__ = [
+    "DEFAULT_MAX_GRADIENT",
     "Applied",
     "Checkpoint",
     "CheckpointState",
@@ -27,6 +29,7 @@ __all__ = [
     "StepRecord",
     "Store",
     "Training",
+    "check_mode",
     "is_sound",
     "parameters_sha256",
 ]

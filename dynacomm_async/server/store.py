@@ -22,7 +22,14 @@ from dynacomm_async.optim import SGD, Constant, Schedule, UpdateRule
 from dynacomm_async.ranges import Range
 from dynacomm_async.wire.grid import Grid
 
-__all__ = ["LayerOptions", "Store", "Training", "is_sound", "parameters_sha256"]
+__all__ = [
+    "DEFAULT_MAX_GRADIENT",
+    "LayerOptions",
+    "Store",
+    "Training",
+    "is_sound",
+    "parameters_sha256",
+]
 
 Floats = NDArray[np.float32]
 
@@ -33,6 +40,10 @@ what the last pass over them wrote is in the cache for the next."""
 _CHECK_FLOATS = 1 << 18
 """Floats (1 MiB) that :func:`is_sound` looks at together. Smaller pieces cost more for their calls
 than they gain by staying in the cache."""
+
+
+DEFAULT_MAX_GRADIENT = 1e9
+"""No sane gradient holds a value above this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +81,7 @@ class Training:
     weight_decay: float = 0.0
     layers: Mapping[str, LayerOptions] | None = None
     statistics_momentum: float = 0.1
-    max_gradient: float = 1e9
+    max_gradient: float = DEFAULT_MAX_GRADIENT
 
     def __post_init__(self) -> None:
         if not self.max_gradient > 0:

@@ -28,6 +28,7 @@ from dynacomm_async.schedule.account import LinkObserved, WorkerReport, expect, 
 from dynacomm_async.schedule.costs import Costs
 from dynacomm_async.schedule.estimator import Estimator
 from dynacomm_async.schedule.planners import find_planner
+from dynacomm_async.split import Split
 from dynacomm_async.transport import LoopThread, parse_address
 from dynacomm_async.wire.grid import Grid, LayerSpec, as_layer_specs
 from dynacomm_async.wire.messages import Hello, Welcome
@@ -264,6 +265,11 @@ class Session:
         if isinstance(layer, str) and layer in self._indices:
             return self._indices[layer]
         raise ConfigError(f"no layer {layer!r}; the model has: {', '.join(self._indices)}")
+
+    def split_of(self, step: int) -> Split | None:
+        """Return among whom the data of a step are divided, where that changes as workers come and
+        go; None: among all ranks. Of a step to come it is a guess."""
+        return self.board.split_of(step)
 
     def steps(self) -> Iterator[Step]:
         """Yield the steps until the run ends. An index may repeat after a server's restart.

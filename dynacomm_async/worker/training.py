@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from dynacomm_async.data import Ahead
 from dynacomm_async.nn import Engine, Network
+from dynacomm_async.split import Split
 from dynacomm_async.wire.grid import LayerSpec
 from dynacomm_async.worker.session import Session
 from dynacomm_async.worker.taken import Step
@@ -19,7 +20,7 @@ __all__ = ["BatchSource", "TrainedStep", "bind_engine", "layer_specs", "train"]
 
 BatchSource = Callable[[int], tuple[NDArray[np.float32], NDArray[np.int64]]]
 """From a step's index to (N, H, W, C) images and (N,) labels, new or never changed; the same for a
-repeated step."""
+repeated step, unless :meth:`Session.split_of` says otherwise by then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +126,17 @@ def train(
     Raises:
         DynaCommError: what ended the session.
     """
-    with Ahead(batches, session.welcome.steps) as ahead:
+
+    def make(index: int) -> tuple[Split | None, tuple[NDArray[np.float32], NDArray[np.int64]]]:
+        split = session.split_of(index)
+        return split, batches(index)
+
+    with Ahead(make, session.welcome.steps) as ahead:
         ahead.expect(session.welcome.version)
         for step in session.steps():
-            images, labels = ahead.take(step.index)
+            split, (images, labels) = ahead.take(step.index)
+            if split != step.split:  # somebody has come or gone since it was made
+                images, labels = batches(step.index)
             draw = seed, step.index, session.welcome.slot
             engine.step(images, labels, _StepHooks(step, engine, slowdown), draw=draw)
             if not step.abandoned:
