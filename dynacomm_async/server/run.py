@@ -463,6 +463,10 @@ class Run:
         _log.warning("worker %d (%s): %s (%d of %d)", slot, place.peer, text, place.refusals, limit)
         if place.refusals < limit:
             return
+        if min(other.refusals for other in self._places) >= limit - 1:
+            told = "the gradients of all workers hold values that are not finite, or far too large"
+            self.fail(Error("diverged", f"training has diverged: {told}; try a lower --rate"))
+            return
         member, what = place.member, f"is quarantined: {text}, {limit} times by now"
         member.channel.turn_deaf()
         member.finish(Error("quarantined", f"{text}, {limit} times by now: look at its data"))
