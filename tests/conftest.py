@@ -486,9 +486,13 @@ class Toy:
         return parameters, running
 
     def replay_log(
-        self, log: Sequence[Applied], made: Made, training: Training
+        self,
+        log: Sequence[Applied],
+        made: Made | Callable[[int, int, int], Floats],
+        training: Training,
     ) -> tuple[Floats, Floats]:
-        """Make the updates of a log, cell by cell in plain NumPy, from what workers say they made.
+        """Make the updates of a log, cell by cell in plain NumPy, from what workers say they made:
+        by slot and step, or also by the entry's place in the log.
 
         Whatever is applied twice, or to a version that it does not belong to, fails.
         """
@@ -497,7 +501,7 @@ class Toy:
         states = new_states(rule, grid.n_parameters)
         used: set[tuple[int, int, int]] = set()
         undo: dict[tuple[int, int], Any] = {}  # by step and first cell
-        for step, cells, slots, undone in log:
+        for place, (step, cells, slots, undone) in enumerate(log):
             keys = {(slot, step, c) for slot in slots for c in range(cells.first, sum(cells))}
             if undone:
                 for old, kept in undo.pop((step, cells.first)):
@@ -509,7 +513,11 @@ class Toy:
             start, stop = grid.floats(*cells)
             edge = grid.n_parameters
             if slots:
-                mean = mean_in_rank_order([made[slot, step][start:stop] for slot in slots])
+                whole = [
+                    made(slot, step, place) if callable(made) else made[slot, step]
+                    for slot in slots
+                ]
+                mean = mean_in_rank_order([values[start:stop] for values in whole])
             undo[step, cells.first] = [
                 (old, old.copy())
                 for old in (
@@ -521,10 +529,10 @@ class Toy:
             if not slots:
                 continue
             if start < edge:
-                whole = np.zeros(edge, np.float32)
-                whole[start : min(stop, edge)] = mean[: edge - start]
+                gradient = np.zeros(edge, np.float32)
+                gradient[start : min(stop, edge)] = mean[: edge - start]
                 fresh, moved = parameters.copy(), [state.copy() for state in states]
-                apply_rule(grid, training, fresh, whole, moved, step)
+                apply_rule(grid, training, fresh, gradient, moved, step)
                 for old, new in zip((parameters, *states), (fresh, *moved), strict=True):
                     old[start : min(stop, edge)] = new[start : min(stop, edge)]
             if stop > edge:

@@ -113,6 +113,8 @@ class Lockstep(Pace):
 
     def ready(self, slot: int, version: int) -> list[Range]:
         """Return all cells of the step under way, or those of the next that exist."""
+        if version <= self._rounds.skips(slot):
+            return []  # asked for before it was told
         if version == self.step:
             return [Range(0, self._grid.n_parameter_cells)]
         return list(self._parameters_of(self._applied)) if version == self.step + 1 else []
