@@ -463,7 +463,7 @@ class Run:
         _log.warning("worker %d (%s): %s (%d of %d)", slot, place.peer, text, place.refusals, limit)
         if place.refusals < limit:
             return
-        if min(other.refusals for other in self._places) >= limit - 1:
+        if min(other.refusals for other in self._places) >= max(1, limit - 1):
             told = "the gradients of all workers hold values that are not finite, or far too large"
             self.fail(Error("diverged", f"training has diverged: {told}; try a lower --rate"))
             return
