@@ -138,9 +138,7 @@ def train(
             if split != step.split:  # somebody has come or gone since it was made
                 images, labels = batches(step.index)
             draw = seed, step.index, session.welcome.slot
-            with np.errstate(
-                over="ignore", invalid="ignore"
-            ):  # the server refuses what comes of it
+            with np.errstate(over="ignore", invalid="ignore"):  # the server looks at it
                 engine.step(images, labels, _StepHooks(step, engine, slowdown), draw=draw)
             if not step.abandoned:
                 yield TrainedStep(step.index, engine.loss, step.started_ns, step.compute_ns)

@@ -1,9 +1,9 @@
 """kill -9 a server without a common step: what it has applied is a history that can be replayed.
 
-Each life of the server appends its updates to a log. A life that begins with a checkpoint takes back
-what came after that; the checkpoint itself says how many updates of cells it holds. The judge replays
-what is left of the log in plain NumPy, from what each worker has computed, and looks for anything
-that was applied twice, or too far ahead of the slowest worker.
+Each life of the server appends its updates to a log. A life that begins with a checkpoint takes
+back what came after that; the checkpoint itself says how many updates of cells it holds. The judge
+replays what is left of the log in plain NumPy, from what each worker has computed, and looks for
+anything that was applied twice, or too far ahead of the slowest worker.
 """
 
 from __future__ import annotations
