@@ -237,7 +237,7 @@ def test_only_the_chosen_contributions_of_a_range_count_and_nobodys_change_nothi
 
 
 def test_a_range_of_several_blocks_equals_the_whole_vector_formulas():
-    grid = Grid([LayerSpec("wide", 70_000, 70_000), LayerSpec("b", 9, 0, 40_000)])
+    grid = Grid([LayerSpec("wide", 300_000, 200_000), LayerSpec("b", 9, 0, 140_000)])
     for seed, rule in enumerate(RULES.values()):
         training = Training(rule, Constant(0.1), 0.01)
         contributions = draw_contributions(seed, 2, 3, grid.n_floats)
