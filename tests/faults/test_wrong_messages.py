@@ -118,7 +118,7 @@ HEADERS = {
     "range: backwards": (gradients(Range(4, 1), Range(2, 1)), "cells 2 to 2, expected ascending"),
     "range: overlapping": (gradients(Range(2, 3), Range(4, 2)), "cells 4 to 5, expected ascending"),
     "range: pushed before": (gradients(PUSHED), "cells 0 to 1 of step 0 were pushed before"),
-    "step: no subscription": (gradients(REST, step=1), "first gradients of step 1 carry no sub"),
+    "step: the next": (gradients(REST, step=1), "gradients of step 1, expected step 0"),
     "step: a later one": (
         gradients(REST, step=7, subscription=Subscription(8, ((Range(0, 258),),))),
         "gradients of step 7, expected step 0",
