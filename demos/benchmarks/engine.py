@@ -14,7 +14,8 @@ faster. PyTorch is used as most do, eager on contiguous (N, C, H, W); *channels 
 
 Each setting is a process of its own, since BLAS chooses its kernels when it is loaded: once as it
 likes, and once with ``OPENBLAS_CORETYPE=Haswell``, where that makes a difference. With two threads
-the engine cuts the batch into two shards and BLAS stays at one thread each; PyTorch gets two.
+the engine may cut the batch into two shards, where its rule says that it pays (the table says how
+many it took), and BLAS stays at one thread each; PyTorch gets two.
 """
 
 from __future__ import annotations

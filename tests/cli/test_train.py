@@ -55,7 +55,7 @@ def test_seed_and_augmentation_decide_the_result_and_nothing_else(start, quick):
 
 
 def test_threads_in_workers_give_the_same_bits_under_every_strategy(start):
-    options = ("train", "--model", "resnet20", "--data", "synthetic:64:8", "--batch", "8")
+    options = ("train", "--model", "vgg_small", "--data", "synthetic:64:8", "--batch", "8")
     options = (*options, "--steps", "2", "--json")
     changes = (("--threads", "2"), ("--threads", "2", "--strategy", "bucket"), ())
     programs = [start(*options, *change) for change in changes]

@@ -176,7 +176,8 @@ def test_small_networks_and_batches_are_cut_into_fewer_shards(monkeypatch):
     monkeypatch.undo()
     assert models.build("lenet").bind(32, threads=2).shards == 1
     assert models.build("resnet20").bind(32, threads=2).shards == 2
-    assert models.build("resnet20").bind(2, threads=4).shards == 1
+    assert models.build("resnet20").bind(8, threads=4).shards == 1
+    assert models.build("vgg_small").bind(2, threads=4).shards == 2
     with pytest.raises(ConfigError, match="threads is 0"):
         models.build("lenet").bind(32, threads=0)
 
