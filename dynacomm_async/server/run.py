@@ -324,7 +324,7 @@ class Run:
         self._pace.enter(place)
         if is_new:
             when = "at once" if place.begun else "from the next step on"
-            _log.warning("worker %d (%s) joins, %s", place.slot, place.peer, when)
+            _log.info("worker %d has joined from %s, to take part %s", place.slot, place.peer, when)
 
     def resume(self, member: Member, resume: Resume) -> Comeback:
         """Say what a member that is back need not send again, and what it can have at once."""
@@ -586,7 +586,7 @@ class Run:
             "workers": options.workers,
             "kernels": self._kernels,
             "settings": options.settings,
-            "on leaving": mode.leaving,
+            "on_leave": mode.leaving,
             "quorum": mode.quorum,
             "staleness": None if mode.staleness is None else str(mode.staleness),
         }
