@@ -21,8 +21,9 @@ from dynacomm_async.nn import (
     PadShortcut,
     ReLU,
     Residual,
+    shards,
 )
-from dynacomm_async.nn.kernels import draw_factors
+from dynacomm_async.nn.kernels import draw_factors, elementwise
 
 
 class Recorder:
@@ -184,6 +185,24 @@ def test_batch_statistics_are_the_mean_and_the_unbiased_variance(make_batch, mak
     expected = [*flat.mean(0), *flat.var(0, ddof=1)]
     np.testing.assert_allclose(engine.batch_statistics, expected, rtol=1e-6)
     assert engine.statistics.tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("first", [3000, 0])
+def test_variance_is_right_far_from_zero_and_where_the_first_image_is_an_outlier(
+    threads, first, monkeypatch
+):
+    monkeypatch.setattr(shards, "LEAST_FLOPS", 1)
+    monkeypatch.setattr(elementwise, "GROUP_FLOATS", 60)
+    network = Network("far", [BatchNorm(), Conv2d(2, 3), GlobalAvgPool()], (6, 5, 3), 2)
+    engine = network.bind(9, network.initialise(0), threads=threads)
+    images = np.random.default_rng(0).standard_normal((9, 6, 5, 3)).astype(np.float32) + 3000
+    images[0] = first
+    engine.forward(images)
+    mean, variance = engine.batch_statistics.reshape(2, -1)
+    pixels = images.reshape(-1, 3).astype(np.float64)
+    np.testing.assert_allclose(mean, pixels.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(variance, pixels.var(0, ddof=1), rtol=1e-4)
 
 
 def test_moving_statistics_keeps_nine_tenths(normalised, make_batch, make_engine):
