@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 
 from dynacomm_async.optim import UpdateRule
 from dynacomm_async.ranges import Range
-from dynacomm_async.server.results import Applied
+from dynacomm_async.server.results import Applied, StepRecord
 from dynacomm_async.server.store import Training
 from dynacomm_async.transport import Address, new_event_loop
 from dynacomm_async.wire.frame import PREFIX_NBYTES, Prefix
@@ -540,6 +540,41 @@ class Toy:
                 part = slice(max(start - edge, 0), stop - edge)
                 batch = mean[max(edge - start, 0) :]
                 running[part] = running[part] * (np.float32(1) - momentum) + batch * momentum
+        return parameters, running
+
+    def replay_records(
+        self, records: Sequence[StepRecord], training: Training
+    ) -> tuple[Floats, Floats]:
+        """Train in one process on what each cell of each step is said to be the mean of."""
+        grid, rule = self.grid, training.rule
+        parameters, running = self.initial.copy(), self.initial_statistics.copy()
+        states, momentum = (
+            new_states(rule, grid.n_parameters),
+            np.float32(training.statistics_momentum),
+        )
+        for step, record in enumerate(records):
+            assert record.index == step
+            made: dict[tuple[int, ...], list[Floats]] = {}
+            live = [parameters, running, *states]
+            for _, slots in record.contributors:
+                if not slots or slots in made:
+                    continue
+                mean = mean_in_rank_order([self.contribution(parameters, n, step) for n in slots])
+                fresh, *moved = (array.copy() for array in (parameters, *states))
+                apply_rule(grid, training, fresh, mean[: grid.n_parameters], moved, step)
+                batch = mean[grid.n_parameters :]
+                made[slots] = [
+                    fresh,
+                    running * (np.float32(1) - momentum) + batch * momentum,
+                    *moved,
+                ]
+            for cells, slots in record.contributors:
+                start, stop = grid.floats(*cells)
+                edge = grid.n_parameters
+                for index, old in enumerate(live if slots else ()):
+                    shift = edge if index == 1 else 0
+                    part = slice(max(start - shift, 0), max(stop - shift, 0))
+                    old[part] = made[slots][index][part]
         return parameters, running
 
 

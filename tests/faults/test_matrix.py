@@ -1,12 +1,14 @@
 """Every fault of a link, each way: training ends well, or with a named error before its deadline.
 
 The link lies between server and workers; neither knows of it. Where training ends well, the judge
-is a replay in plain NumPy. A fault that never happened fails the test.
+is a replay in plain NumPy: of synchronous training, or of the log of applied cells. A fault that
+never happened fails the test.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from contextlib import AsyncExitStack
 from typing import NamedTuple
@@ -16,7 +18,7 @@ import pytest
 from dynacomm_async.errors import ChannelBroken, DynaCommError, PeerError
 from dynacomm_async.link import Link, LinkSettings, parse_fault
 from dynacomm_async.optim import SGD, Constant
-from dynacomm_async.server import ParameterServer, Training
+from dynacomm_async.server import Mode, ParameterServer, Training
 from dynacomm_async.transport import new_event_loop
 
 TRAINING = Training(SGD(0.9), Constant(0.05), weight_decay=0.01)
@@ -78,7 +80,14 @@ def settings_of(case, way):
     )
 
 
-def serve(toy):
+MODES = {
+    "synchronous": Mode(),
+    "stale": Mode(on_leave="end", staleness=1),
+    "asynchronous": Mode(on_leave="end", staleness=math.inf),
+}
+
+
+def serve(toy, mode, log):
     return ParameterServer(
         toy.layers,
         workers=N_WORKERS,
@@ -88,6 +97,8 @@ def serve(toy):
         initial_statistics=toy.initial_statistics,
         heartbeat_s=HEARTBEAT_S,
         absence_s=ABSENCE_S,
+        mode=mode,
+        on_applied=log.append,
     )
 
 
@@ -107,20 +118,36 @@ def loop_factory(request):
     return request.param
 
 
-@pytest.mark.parametrize("way", ["up", "down", pytest.param("both", marks=pytest.mark.soak)])
+QUICK = {("synchronous", "up"), ("synchronous", "down"), ("stale", "both")}
+"""What the short form has of modes and ways."""
+
+
+@pytest.mark.parametrize(
+    ("mode", "way"),
+    [
+        pytest.param(mode, way, marks=() if (mode, way) in QUICK else pytest.mark.soak)
+        for mode in MODES
+        for way in ("up", "down", "both")
+    ],
+)
 @pytest.mark.parametrize("name", CASES)
-async def test_training_over_a_faulty_link_ends_well_or_says_why_not(toy, loop_factory, name, way):
-    case = CASES[name]
+async def test_training_over_a_faulty_link_ends_well_or_says_why_not(
+    toy, loop_factory, name, mode, way
+):
+    case, log, made = CASES[name], [], {}
     settings = settings_of(case, way)
     async with asyncio.timeout(DEADLINE_S), AsyncExitStack() as stack:
-        server = await stack.enter_async_context(serve(toy))
+        server = await stack.enter_async_context(serve(toy, MODES[mode], log))
         links = [
             await stack.enter_async_context(Link(settings, server.address))
             for _ in range(N_WORKERS)
         ]
         began = time.monotonic()
         ends = await asyncio.gather(
-            *(asyncio.to_thread(toy.work, link.address, retry_s=RETRY_S) for link in links),
+            *(
+                asyncio.to_thread(toy.work, link.address, made=made, retry_s=RETRY_S)
+                for link in links
+            ),
             return_exceptions=True,
         )
         took_s = time.monotonic() - began
@@ -139,7 +166,10 @@ async def test_training_over_a_faulty_link_ends_well_or_says_why_not(toy, loop_f
     assert took_s > 2 * STEPS * case.delay_s  # it was there
     if case.rate is not None:
         assert took_s > 4 * STEPS * toy.grid.n_parameters / case.rate
-    parameters, statistics = toy.replay(N_WORKERS, STEPS, TRAINING)
-    for end in (result, *ends):
+    parameters, statistics = toy.replay_log(log, made, TRAINING)
+    ends = [result, *ends] if mode == "synchronous" else [result]  # else each has its own last pull
+    for end in ends:
         assert end.parameters.tobytes() == parameters.tobytes()
         assert end.statistics.tobytes() == statistics.tobytes()
+    if mode == "synchronous":
+        assert parameters.tobytes() == toy.replay(N_WORKERS, STEPS, TRAINING)[0].tobytes()
