@@ -160,6 +160,8 @@ class Run:
         for place in self._places:
             self._wait_for(place, "the server was restarted", self._options.absence_s)
         self._start_updates()
+        if self.finishing and not len(self._places):  # saved when all had got the end and left
+            self._end(self._result())
 
     def start_life(self, incarnation: int) -> None:
         """This is a numbered life of a server that leaves traces."""
@@ -208,6 +210,10 @@ class Run:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if (
+            self.finishing and self._saving is not None
+        ):  # the last update may have been a moment ago
+            await self._saving.save_end(self._state)
 
     def fail(self, error: Error, cause: BaseException | None = None) -> None:
         """The run ends, and everybody is told why."""

@@ -41,6 +41,7 @@ class Saving:
         self._checkpoints = checkpoints
         self._every = every
         self._saver: Saver | None = None
+        self._offered_step: int | None = None
         self.incarnation = 0
 
     async def begin(
@@ -66,6 +67,7 @@ class Saving:
             )
         layers = None if grid is None else grid.layers
         state = checkpoints.load(run=run, layers=layers, rule=rule)
+        self._offered_step = None if state is None else state.step
         self.incarnation = checkpoints.next_incarnation()
         return state
 
@@ -97,6 +99,13 @@ class Saving:
         """Have a state written that does not change any more."""
         assert self._saver is not None, "training has begun"
         self._saver.offer(state)
+        self._offered_step = state.step
+
+    async def save_end(self, make: Callable[[], CheckpointState]) -> None:
+        """Have the end of the run written, unless it has been offered already."""
+        state = make()
+        if self._saver is not None and state.step != self._offered_step:
+            self.offer(await asyncio.to_thread(state.copy))
 
     async def close(self, limit_s: float) -> None:
         """Finish what is being written.
