@@ -99,6 +99,7 @@ def test_products_of_transformed_tiles_are_convolutions(dtype, tolerance):
         ((3, 3), (1, 1), (16, 16), (32, 32), False),  # transforms cost more than they save
         ((3, 3), (1, 1), (3, 64), (224, 224), False),
         ((3, 3), (1, 1), (64, 64), (5, 5), False),  # most of the second tiles lies outside
+        ((3, 3), (1, 1), (512, 512), (3, 3), False),
         ((3, 3), (2, 2), (64, 64), (32, 32), False),
         ((5, 5), (1, 1), (64, 64), (32, 32), False),
         ((1, 3), (1, 1), (64, 64), (32, 32), False),
