@@ -7,6 +7,7 @@ a pass is a loop over copies and products.
 from __future__ import annotations
 
 import itertools
+from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -204,12 +205,26 @@ class WeightsPass:
             first = False
 
 
+MOST_PAIRED = 8
+"""Channels of an input up to which a row of columns serves two neighbouring pixels.
+
+Products with so few columns are slow. The row holds what both see, and the weights stand in the
+matrix once for each of them, with zeros beside.
+"""
+
+
+def _wide_extent(v: Phase, h: Phase, channels: int) -> tuple[int, int, int]:
+    """Lines and pixels that a row of columns holds, and pixels that it serves."""
+    beside = 2 if channels <= MOST_PAIRED and h.count % 2 == 0 else 1
+    return v.reach, h.reach + beside - 1, beside
+
+
 class _InputStep(NamedTuple):
     block: Block
     matrix: Array
-    """(taps * O, C): turned weights of the block's phase."""
+    """(taps * O, C) or (wider taps * O, 2 * C): turned weights of the block's phase."""
     product: Array
-    """(pixels, C): where the matrix product is written."""
+    """(pixels, C) or (pairs of pixels, 2 * C): where the matrix product is written."""
     shaped: Array
     """``product`` as (n, h, w, C)."""
     sink: Sink | None
@@ -224,21 +239,23 @@ class InputPass:
         self._sink = sink
         self._frame = layer.frame(node)
         self._rotations: list[tuple[tuple[slice, slice], Array]] = []
+        self._spread: list[Array] = []
         self._steps: list[_InputStep] = []
         pairs = list(itertools.product(*layer.phases(node.inputs[0].shape)))
         live = [(v, h) for v, h in pairs if v.reach and h.reach]
         dead = [(v, h) for v, h in pairs if not (v.reach and h.reach)]
         self._untouched = [sink.array[:, v.pixels, h.pixels] for v, h in dead]
-        outputs = self._weights.shape[3]
+        channels, outputs = self._weights.shape[2:]
+        extents = [_wide_extent(v, h, channels) for v, h in live]
         needed = [
-            columns_needed(memory.batch, (v.count, h.count), v.reach * h.reach * outputs)
-            for v, h in live
+            columns_needed(memory.batch, (v.count, h.count // beside), high * wide * outputs)
+            for (v, h), (high, wide, beside) in zip(live, extents, strict=True)
         ]
         columns = memory.scratch("columns", max(needed))
-        weights = memory.scratch("weights", self._weights.size)
+        sizes = [prod(extent) * channels * outputs for extent in extents]
+        weights = memory.scratch("weights", sum(sizes))
         used = 0
-        for v, h in live:
-            size = v.reach * h.reach * self._weights[0, 0].size
+        for (v, h), size in zip(live, sizes, strict=True):
             self._add_phase((v, h), frame, columns, weights[used : used + size], memory)
             used += size
 
@@ -254,24 +271,32 @@ class InputPass:
         assert self._frame is not None
         top, left = self._frame.above + v.first, self._frame.left + h.first
         seen = framed[:, top : top + v.count + v.reach - 1, left : left + h.count + h.reach - 1]
-        rotated = weights.reshape(v.reach, h.reach, outputs, channels)
-        self._rotations.append(((v.taps, h.taps), rotated))
-        matrix = rotated.reshape(-1, channels)
-        blocks = plan_blocks(seen, (v.reach, h.reach), (1, 1), columns)
-        scratch = memory.scratch("products", max(block.rows for block in blocks) * channels)
+        high, wide, beside = _wide_extent(v, h, channels)
+        spread = weights.reshape(high, wide, outputs, beside, channels)
+        if beside > 1:
+            self._spread.append(spread)
+        for pixel in range(beside):
+            rotated = spread[:, pixel : pixel + h.reach, :, pixel]
+            self._rotations.append(((v.taps, h.taps), rotated))
+        matrix = spread.reshape(-1, beside * channels)
+        blocks = plan_blocks(seen, (high, wide), (1, beside), columns)
+        most = max(block.rows for block in blocks)
+        scratch = memory.scratch("products", most * beside * channels)
         pixels = self._sink.array[:, v.pixels, h.pixels]
         for block in blocks:
             target = block.cut(pixels)
             direct = target.flags.c_contiguous and not self._sink.accumulate
             shaped = target if direct else scratch[: target.size].reshape(target.shape)
             sink = None if direct else Sink(target, self._sink.accumulate)
-            flat = shaped.reshape(-1, channels)
+            flat = shaped.reshape(-1, beside * channels)
             self._steps.append(_InputStep(block, matrix, flat, shaped, sink))
 
     def run(self) -> None:
         if not self._sink.accumulate:
             for pixels in self._untouched:
                 pixels[...] = 0
+        for spread in self._spread:
+            spread[...] = 0
         for taps, rotated in self._rotations:
             rotate_weights(self._weights, taps, rotated)
         for block, matrix, flat, shaped, sink in self._steps:
