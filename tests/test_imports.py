@@ -68,6 +68,7 @@ PURITY = {
     "optim.py": CLOCKS | IO,
     "link": {"numpy"},
     "server/modes.py": CLOCKS | IO | ARRAYS,
+    "server/clocks.py": CLOCKS | IO,
     "server/rounds.py": CLOCKS | IO,
     "server/store.py": CLOCKS | IO,
     "worker/step.py": CLOCKS | IO | ARRAYS,

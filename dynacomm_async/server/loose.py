@@ -10,12 +10,12 @@ from typing import Any
 from dynacomm_async.errors import RemoteProtocolError
 from dynacomm_async.failpoints import failpoint
 from dynacomm_async.ranges import Range
+from dynacomm_async.server.clocks import StaleRounds
 from dynacomm_async.server.member import Member
 from dynacomm_async.server.modes import Mode
 from dynacomm_async.server.pace import Due, Pace, Watchers
 from dynacomm_async.server.places import Place, Places
 from dynacomm_async.server.results import StepRecord
-from dynacomm_async.server.rounds import StaleRounds
 from dynacomm_async.server.store import Store
 from dynacomm_async.wire.messages import Have, Report, Skip
 
@@ -23,7 +23,7 @@ __all__ = ["Loose"]
 
 
 class Loose(Pace):
-    """See :class:`~dynacomm_async.server.rounds.StaleRounds` for what is applied when.
+    """See :class:`~dynacomm_async.server.clocks.StaleRounds` for what is applied when.
 
     A member gets cells of its step k + 1 when its own gradients of k for them have been applied,
     and the bound allows k + 1. The last version is what all have made: nobody gets it before.

@@ -9,7 +9,8 @@ from hypothesis import given, settings, strategies as st
 
 from dynacomm_async.errors import LocalProtocolError, RemoteProtocolError
 from dynacomm_async.ranges import Range
-from dynacomm_async.server.rounds import Rounds, StaleRounds
+from dynacomm_async.server.clocks import StaleRounds
+from dynacomm_async.server.rounds import Rounds
 
 
 def cells_of(ranges):

@@ -29,9 +29,10 @@ from hypothesis.stateful import (
 
 from dynacomm_async.errors import LocalProtocolError, RemoteProtocolError
 from dynacomm_async.ranges import Range
+from dynacomm_async.server.clocks import StaleRounds
 from dynacomm_async.server.member import Refusal
 from dynacomm_async.server.places import Places
-from dynacomm_async.server.rounds import Rounds, StaleRounds
+from dynacomm_async.server.rounds import Rounds
 from dynacomm_async.wire.messages import Membership
 
 N_CELLS = 5
