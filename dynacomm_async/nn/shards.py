@@ -52,33 +52,30 @@ class Shard:
 
     def __init__(self, network: Network, member: Member, arenas: Arenas) -> None:
         self.member = member
-        self._ends = list(accumulate(layer.count for layer in network.layers))
+        ends = accumulate(layer.count for layer in network.layers)
+        self._parts = [
+            slice(end - layer.count, end) for end, layer in zip(ends, network.layers, strict=True)
+        ]
         self._arena = arenas.gradients
-        self._own = self._arena
-        starts = {}
+        self._own = np.zeros(0, self._arena.dtype)
+        starts: dict[str, int] = {}
         if member.index:
             self._own = np.zeros(max(layer.count for layer in network.layers), self._arena.dtype)
             arenas = replace(arenas, gradients=self._own)
-            for nodes, end, layer in zip(
-                network.layer_nodes, self._ends, network.layers, strict=True
-            ):
-                starts.update({node.name: end - layer.count for node in nodes})
-
-        def plan(memory: Memory) -> list[list[Operator]]:
-            memory.value(network.input)
-            return [[node.layer.plan(node, memory) for node in nodes] for nodes in layers]
-
-        layers, parts = network.layer_nodes, (network.nodes, network.input, member, arenas)
+            for nodes, part in zip(network.layer_nodes, self._parts, strict=True):
+                starts.update({node.name: part.start for node in nodes})
         # Planned twice: the first time tells how large workspaces have to be. The large arrays of
         # that are never touched, so they take up no memory.
-        trial = Memory(*parts, starts=starts)
-        plan(trial)
-        self._memory = memory = Memory(*parts, starts=starts, scratch=trial.needs())
-        self.layers = plan(memory)
+        trial = Memory(network.nodes, network.input, member, arenas, starts=starts)
+        _plan(network, trial)
+        needs = trial.needs()
+        del trial
+        memory = Memory(network.nodes, network.input, member, arenas, starts=starts, scratch=needs)
         self.input = memory.value(network.input)
+        self._layers = _plan(network, memory)
+        self._memory = memory
         self.logits, self.gradient = memory.value(network.output), memory.gradient(network.output)
-        extra = self._own.nbytes if member.index else 0
-        self.use = memory.use() + MemoryUse(0, 0, extra)
+        self.use = memory.use() + MemoryUse(0, 0, self._own.nbytes)
 
     def set_draw(self, draw: tuple[int, ...]) -> None:
         """Say what the chance of the step at hand follows from."""
@@ -92,20 +89,21 @@ class Shard:
 
     def forward(self, layer: int, training: bool) -> None:
         """Run a scheduled layer's operators."""
-        for operator in self.layers[layer]:
+        for operator in self._layers[layer]:
             operator.forward(training)
 
     def backward(self, layer: int) -> None:
         """Run a scheduled layer's operators backwards."""
-        for operator in reversed(self.layers[layer]):
+        for operator in reversed(self._layers[layer]):
             operator.backward()
 
     def add_gradients(self, layer: int) -> None:
         """Add a scheduled layer's gradients to the arena, where they are not there already."""
         if self.member.index:
-            end = self._ends[layer]
-            part = self._arena[end - self._count(layer) : end]
+            part = self._arena[self._parts[layer]]
             np.add(part, self._own[: part.size], out=part)
 
-    def _count(self, layer: int) -> int:
-        return self._ends[layer] - (self._ends[layer - 1] if layer else 0)
+
+def _plan(network: Network, memory: Memory) -> list[list[Operator]]:
+    """The operators of each scheduled layer."""
+    return [[node.layer.plan(node, memory) for node in nodes] for nodes in network.layer_nodes]
