@@ -346,10 +346,14 @@ def test_frozen_values_that_differ_are_refused(make_run, start_server):
         TorchSession(server.address, make(1.0)),
         TorchSession(server.address, make(2.0)) as second,
     ):
-        steps = second.steps()
-        with pytest.raises(PeerError, match="frozen parameters") as refused:
-            next(steps)  # or in the first wait, if the refusal is not here yet
+
+        def begin():
+            steps = second.steps()
+            next(steps)  # raises if the refusal is here already
             second.model(vectors(0, 0))
+
+        with pytest.raises(PeerError, match="frozen parameters") as refused:
+            begin()
     assert refused.value.code == "kernel-mismatch"
 
 
