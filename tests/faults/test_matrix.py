@@ -23,8 +23,8 @@ from dynacomm_async.transport import new_event_loop
 
 TRAINING = Training(SGD(0.9), Constant(0.05), weight_decay=0.01)
 STEPS, N_WORKERS = 4, 2
-HEARTBEAT_S, ABSENCE_S, RETRY_S = 0.5, 1.5, 0.8
-DEADLINE_S = 20.0
+HEARTBEAT_S, ABSENCE_S, RETRY_S = 1.0, 1.5, 0.8
+DEADLINE_S = 28.0
 """Far beyond what any case needs: what has not ended by then hangs."""
 
 
@@ -50,7 +50,7 @@ CASES = {
     "slices of a prime": Case(("slice:{},size=7919",)),
     "random slices": Case(("slice:{},size=random,seed=11",)),
     "short stalls": Case(("stall:{}@bytes=50000,every=50000,for=0.05s",)),
-    "stalls longer than the limit": Case(("stall:{}@bytes=90000,for=60s",)),
+    "stalls longer than the limit": Case(("stall:{}@bytes=160000,for=60s",)),
     "resets": Case(("reset:{}@bytes=60000",)),
     "a reset of every connection at once": Case(("reset:{}@bytes=20",), lost=True),
     "a byte limit": Case(("cut:{}@bytes=60000",)),
@@ -62,7 +62,7 @@ CASES = {
         (
             "slice:{},size=random,seed=12",
             "stall:{}@bytes=60000,every=40000,for=0.02s",
-            "reset:{}@bytes=150000",
+            "reset:{}@bytes=90000",
             "slow-close:{},for=0.05s",
         ),
         delay_s=0.002,
