@@ -176,9 +176,10 @@ class Board:
     def step_back(self, step: int | None) -> None:
         """Training goes on with another step (None: nobody knows yet); whoever waits is woken."""
         with self._lock:
+            # First: whoever reads without the lock that a grant is gone must see why, too.
+            self.course = Course(self.course.life + 1, step)
             self._granted = {phase: [-1] * self._n_layers for phase in Phase}
             self._timings.clear()
-            self.course = Course(self.course.life + 1, step)
             self.opened = -1
             waiting, self._waiting = self._waiting, []
             due = self._take_watching()
