@@ -31,6 +31,8 @@ class Lockstep(Pace):
         mode: what becomes of those who are slow or gone.
         blocks: batches of one worker in an epoch; None: nobody knows.
         keeps_boundary: whether the last step boundary must be there to go back to.
+        may_undo: whether a step behind a barrier keeps it too, so that a contribution can be
+            refused whole after cells have been applied.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Lockstep(Pace):
         mode: Mode,
         blocks: int | None,
         keeps_boundary: bool,
+        may_undo: bool,
     ) -> None:
         super().__init__(store, places, steps, watchers)
         self.copies = mode.quorum is not None
@@ -51,6 +54,7 @@ class Lockstep(Pace):
         if mode.is_elastic:
             self._split = Split(blocks or _MANY_BLOCKS, tuple(range(places.n_slots)))
         self._keeps_boundary = keeps_boundary
+        self._may_undo = may_undo
         self._boundary: Boundary | None = None
         self._keeping = keeps_boundary  # in the step under way
         self._applied: list[Range] = []  # cells that are at the next version already
@@ -222,7 +226,7 @@ class Lockstep(Pace):
         step, cells = self.step, due.cells
         failpoint("server.before-apply")
         if not self._applied:
-            self._keeping = self._keeps_boundary or self._is_behind_a_barrier()
+            self._keeping = self._keeps_boundary or (self._may_undo and self._is_behind_a_barrier())
         if self._keeping:
             self._keep(cells)
         parts = self._rounds.contributors(cells)

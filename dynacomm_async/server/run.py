@@ -20,6 +20,7 @@ from dynacomm_async.errors import ChannelError, ConfigError, DynaCommError, Remo
 from dynacomm_async.failpoints import failpoint
 from dynacomm_async.ranges import Range
 from dynacomm_async.recording import Recorder
+from dynacomm_async.schedule.planners.table import CROSSING
 from dynacomm_async.server.checkpoint import CheckpointState
 from dynacomm_async.server.lockstep import Lockstep
 from dynacomm_async.server.loose import Loose
@@ -500,6 +501,8 @@ class Run:
                 mode=options.mode,
                 blocks=options.blocks,
                 keeps_boundary=self._saving is not None,
+                # Its warm-up steps alone have a barrier: not worth the memory of the model twice.
+                may_undo=options.settings.get("strategy") not in CROSSING,
             )
         return store
 
