@@ -282,7 +282,7 @@ class _Team:
             raise Failure(f"{self.system.name}: nothing was heard for {limit_s:.0f} s") from None
 
     async def _first_to_fail(self) -> list[dict[str, Any]]:
-        """Hear all workers; a server that ends meanwhile is why they say nothing."""
+        """Hear all workers; the first that has ended instead is why, and no other is awaited."""
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(worker.hear()) for worker in self._workers]

@@ -283,7 +283,7 @@ def inner() -> int:
     systems = [System.named(name) for name in args.systems]
     spec = {**common_spec(args, setting.model), "workers": setting.workers}
     spec["layers"] = profiled["layers"]
-    blocks = [len(part) for part in split(range(args.steps), args.blocks)]
+    blocks = split(args.steps, args.blocks)
     try:
         found = asyncio.run(measure_all(systems, spec, setting.rate, setting.server_rate, blocks))
     except Failure as error:
@@ -305,11 +305,11 @@ def common_spec(args: argparse.Namespace, model: str) -> dict[str, Any]:
     }
 
 
-def split(steps: range, n_blocks: int) -> list[range]:
-    """Cut steps into blocks as equal as can be."""
-    n_blocks = min(n_blocks, len(steps))
-    edges = [len(steps) * block // n_blocks for block in range(n_blocks + 1)]
-    return [steps[first:end] for first, end in pairwise(edges)]
+def split(steps: int, n_blocks: int) -> list[int]:
+    """Return numbers as equal as can be, with the sum ``steps``."""
+    n_blocks = min(n_blocks, steps)
+    edges = [steps * block // n_blocks for block in range(n_blocks + 1)]
+    return [end - first for first, end in pairwise(edges)]
 
 
 def chosen(choices: Sequence[str]) -> Any:
