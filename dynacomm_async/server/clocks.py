@@ -80,6 +80,11 @@ class StaleRounds:
     # -- who takes part --
 
     @property
+    def members(self) -> frozenset[int]:
+        """The slots that are taken."""
+        return frozenset(self._present)
+
+    @property
     def clocks(self) -> tuple[int, ...]:
         """The clock of each slot, also of those that nobody holds."""
         return tuple(self._clocks)

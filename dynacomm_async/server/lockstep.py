@@ -189,7 +189,7 @@ class Lockstep(Pace):
 
         Only where nobody has been sent any of it, as behind a barrier.
         """
-        sent = any(member.sent > step for member in self._places.members)
+        sent = any(place.has_been_sent > step for place in self._places)
         if not self._applied or not self._keeping or self._boundary is None or sent:
             return
         self._boundary.restore()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import monotonic_ns
 from typing import Any
 
@@ -43,11 +43,13 @@ class Loose(Pace):
         assert bound is not None
         self._bound = None if bound == math.inf else int(bound)
         self._reports: dict[tuple[int, int], Report] = {}  # by step and slot, until all are there
-        self._make_rounds(range(places.n_slots))
+        self._told = 0  # the lowest clock that everybody has heard of
+        self._make_rounds(0, range(places.n_slots))
 
-    def _make_rounds(self, members: Sequence[int]) -> None:
+    def _make_rounds(self, step: int, members: Sequence[int]) -> None:
+        self._told = step
         self._rounds = StaleRounds(
-            self._grid.n_cells, self._places.n_slots, self._bound, members=members
+            self._grid.n_cells, self._places.n_slots, self._bound, step=step, members=members
         )
 
     # -- where training stands --
@@ -75,7 +77,7 @@ class Loose(Pace):
 
     def restore(self, progress: Mapping[str, Any], versions: Any) -> None:
         """Go on from where the clocks stood, with the members that have places."""
-        self._make_rounds([place.slot for place in self._places])
+        self._make_rounds(progress["step"], [place.slot for place in self._places])
         applied = {
             int(slot): [Range(*cells) for cells in ranges]
             for slot, ranges in progress["applied"].items()
@@ -103,14 +105,23 @@ class Loose(Pace):
 
     def enter(self, place: Place) -> None:
         """Let a newcomer begin with the lowest clock, or with the first step unused in its slot."""
-        if place.counted and not place.entered:
-            self._leave(place.slot)
-        if not place.entered:
-            place.counted = place.entered = True
-            for due in self._take_due(place.slot):  # the newcomer's gradients land where these lie
-                self._apply(due)
-            self._rounds.enter(place.slot)
-        self._begin_newcomers()
+        if place.entered:
+            self._begin_newcomers()
+            return
+        self.give_up(place.slot)  # whom it replaces, if it does
+        place.counted = True
+        self._change(lambda: self._let_in(place))
+
+    def _let_in(self, place: Place) -> None:
+        if self._places.at(place.slot) is not place or place.entered:
+            return  # it has gone again
+        place.entered = True
+        self._rounds.enter(place.slot)
+
+    def _change(self, change: Callable[[], object]) -> None:
+        """Have the roster changed when all that has come so far has been applied: the gradients of
+        a newcomer land where those of its predecessor lie."""
+        self._enqueue([change])
 
     def come_back(self, member: Member, slot: int, version: int) -> tuple[Have, Skip | None]:
         """Say which gradients of its step have arrived."""
@@ -125,14 +136,12 @@ class Loose(Pace):
         return Have(version, (Range(0, self._grid.n_cells),)), skip
 
     def give_up(self, slot: int) -> None:
-        """Nobody waits for its clock any more."""
-        self._leave(slot)
-        self._begin_newcomers()
+        """Nobody waits for its clock any more, once all that it has pushed has been applied."""
+        self._change(lambda: self._let_go(slot))
 
-    def _leave(self, slot: int) -> None:
-        before = self.step
-        self._rounds.leave(slot)
-        self._advance(before)
+    def _let_go(self, slot: int) -> None:
+        if slot in self._rounds.members:
+            self._rounds.leave(slot)
 
     # -- gradients --
 
@@ -150,17 +159,12 @@ class Loose(Pace):
         self._enqueue(Due(cells, step, slot) for cells in self._rounds.push(slot, step, ranges))
 
     def _refuse(self, slot: int, step: int) -> None:
-        before = self.step
-        self._take_due(slot)  # never to be applied: the next step's gradients land where they lie
+        # Never to be applied: the next step's gradients land where they lie.
+        for due in [due for due in self._due if isinstance(due, Due) and due.slot == slot]:
+            self._due.remove(due)
         self._reports.pop((step, slot), None)
         self._rounds.refuse(slot)
-        self._advance(before)
-
-    def _take_due(self, slot: int) -> list[Due]:
-        taken = [due for due in self._due if due.slot == slot]
-        for due in taken:
-            self._due.remove(due)
-        return taken
+        self._change(lambda: None)  # others may go on
 
     # -- updates --
 
@@ -169,7 +173,6 @@ class Loose(Pace):
         assert slot is not None
         failpoint("server.before-apply")
         self._update(cells, step, (slot,))
-        before = self.step
         moved = self._rounds.apply(slot, step, cells)
         place = self._places.at(slot)
         member = None if place is None or not place.entered else place.member
@@ -181,13 +184,18 @@ class Loose(Pace):
         failpoint("server.step-ended")
         if member is not None:
             member.set_timing(0, 0, slot)
-        return self._advance(before)
+        return self._advance()
 
-    def _advance(self, before: int) -> bool:
+    def _changed(self) -> bool:
+        self._begin_newcomers()
+        return self._advance()
+
+    def _advance(self) -> bool:
         """The lowest clock may have moved: let those go on who have waited for that."""
-        if self.step == before:
+        if self.step == self._told:
             return False
-        self._close(before)
+        self._close(self._told)
+        self._told = self.step
         for place in self._places:
             if place.begun and place.member is not None:
                 place.member.make_ready()

@@ -320,6 +320,8 @@ class Member:
     def _take_up(self, resume: Resume, comeback: Comeback) -> None:
         self._grid = comeback.grid
         self._have = comeback.have
+        if resume.has:
+            self.sent = resume.subscription.version
         self._waits = False
         self._take_place(resume.subscription, resume.has)
         if comeback.skip is not None:

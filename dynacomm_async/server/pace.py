@@ -90,7 +90,7 @@ class Pace(ABC):
         self._places = places
         self._steps = steps
         self._watchers = watchers
-        self._due: deque[Due] = deque()
+        self._due: deque[Due | Callable[[], object]] = deque()  # updates, and what comes between
         self._work = asyncio.Event()
         self._last_skips: dict[int, Skip] = {}  # by slot
 
@@ -213,7 +213,7 @@ class Pace(ABC):
     async def work(self, after_step: Callable[[], Awaitable[None]]) -> None:
         """Update what is due, a mebibyte at a time so that the loop stays responsive.
 
-        Cancel it to stop; it is cancelled between two updates only.
+        Cancel it to stop; no update is ever left half done.
 
         Raises:
             Diverged: values are not finite any more.
@@ -222,16 +222,28 @@ class Pace(ABC):
             await self._work.wait()
             self._work.clear()
             while self._due:
-                if self._apply(self._next_due()):
+                due = self._next_due()
+                if isinstance(due, Due):
+                    ended = self._apply(due)
+                else:
+                    due()
+                    ended = self._changed()
+                if ended:
                     await after_step()
                 await asyncio.sleep(0)
 
-    def _enqueue(self, due: Iterable[Due]) -> None:
+    def _changed(self) -> bool:
+        """The roster has changed, in its turn; return whether a step ended with that."""
+        return False
+
+    def _enqueue(self, due: Iterable[Due | Callable[[], object]]) -> None:
         self._due.extend(due)
         self._work.set()
 
-    def _next_due(self) -> Due:
+    def _next_due(self) -> Due | Callable[[], object]:
         due = self._due.popleft()
+        if not isinstance(due, Due):
+            return due
         cells = due.cells
         if cells.count <= _TURN_CELLS:
             return due
@@ -279,7 +291,10 @@ class Pace(ABC):
     def begin(self) -> None:
         """Training begins with all who are there."""
         for place in self._places:
-            place.entered = True
+            place.entered = place.counted
+        for place in self._places:
+            if place.member is not None and place.member.joined:
+                self.enter(place)  # one that came when another had gone already
         self._begin_newcomers()
 
     def _begin_newcomers(self) -> None:
@@ -299,11 +314,13 @@ class Pace(ABC):
 
     def _finish(self) -> None:
         """Let everybody go, with all there is to have."""
-        for member in self._places.members:
-            if member.joined:
-                member.finish(End(self._steps))
+        for place in self._places:
+            if place.member is None:
+                continue
+            if place.begun:
+                place.member.finish(End(self._steps))
             else:
-                member.finish(Error("run-over", "this run has ended"))
+                place.member.finish(Error("run-over", "this run has ended"))
 
     @abstractmethod
     def stop(self) -> None:

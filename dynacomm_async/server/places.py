@@ -35,6 +35,8 @@ class Place:
         entered: whether training knows of this membership.
         begun: whether its first parameters may go out to it, or did.
         refusals: how many of its contributions were refused.
+        refused_at: the step of the last one; -2: there was none.
+        has_left: whether its member has said that it goes.
     """
 
     slot: int
@@ -46,6 +48,9 @@ class Place:
     entered: bool = False
     begun: bool = False
     refusals: int = 0
+    refused_at: int = -2
+    has_left: bool = False
+    _sent: int = -1
     _away: asyncio.TimerHandle | None = field(default=None, repr=False)
     _away_since: float = field(default=0.0, repr=False)
 
@@ -54,10 +59,20 @@ class Place:
         """Whether its member has been here since the server began."""
         return self.connection >= 0
 
+    @property
+    def has_been_sent(self) -> int:
+        """The highest version of which anything was sent to the membership; -1: nothing was."""
+        return self._sent if self.member is None else max(self._sent, self.member.sent)
+
+    def connect(self, member: Member | None) -> None:
+        """The membership has another connection; None: it has none."""
+        self._sent = self.has_been_sent
+        self.member = member
+
     def wait(self, limit_s: float, give_up: Callable[[], None]) -> None:
         """The member is away: call ``give_up`` unless it is back within the limit."""
         loop = asyncio.get_running_loop()
-        self.member = None
+        self.connect(None)
         self.stop_waiting()
         self._away = loop.call_later(limit_s, give_up)
         self._away_since = loop.time()
@@ -87,6 +102,8 @@ class Places:
         self.n_slots = n_slots
         self._taken: dict[int, Place] = {}
         self._expelled: dict[int, int] = {}  # by slot: the last term that was
+        self._heirs: dict[int, tuple[int, Member]] = {}  # by slot: a term, and who is to have it
+        self._disinherited: dict[int, int] = {}  # by slot: the last term that nobody came to have
 
     def __iter__(self) -> Iterator[Place]:
         return iter([self._taken[slot] for slot in sorted(self._taken)])
@@ -121,7 +138,8 @@ class Places:
         return [
             slot
             for slot in self.away
-            if self._taken[slot].seen or self._taken[slot].away_s >= _RETURN_S
+            if slot not in self._heirs
+            and (self._taken[slot].seen or self._taken[slot].away_s >= _RETURN_S)
         ]
 
     def of(self, member: Member) -> Place | None:
@@ -138,6 +156,36 @@ class Places:
         place.counted = former is not None and former.counted
         self._taken[slot] = place
         return place
+
+    def promise(self, slot: int, member: Member) -> int:
+        """Let a stranger have the rank of one who is away, once it joins; return its term.
+
+        Until then the one who is away may come back.
+        """
+        self.term += 1
+        self._heirs[slot] = (self.term, member)
+        return self.term
+
+    def inherit(self, member: Member) -> Place | None:
+        """Give a stranger what it was promised; None where the other one has come back since, or
+        nothing was promised.
+        """
+        promised = [(slot, term) for slot, (term, heir) in self._heirs.items() if heir is member]
+        self.disinherit(member)
+        for slot, term in promised:
+            former = self._taken.get(slot)
+            if former is None or former.member is None:
+                place = self.take(slot, member)
+                place.term = term
+                return place
+        return None
+
+    def disinherit(self, member: Member) -> None:
+        """The stranger has gone; what it was promised is as it was before."""
+        for slot, (term, heir) in list(self._heirs.items()):
+            if heir is member:
+                del self._heirs[slot]
+                self._disinherited[slot] = term
 
     def hold(self, slot: int, term: int) -> Place:
         """Keep a rank for a member of an earlier life of the server."""
@@ -179,6 +227,8 @@ class Places:
         place = self._taken.get(claimed.slot)
         if place is None and 0 <= claimed.slot < self.n_slots:
             return None
+        if self._disinherited.get(claimed.slot) == claimed.term:
+            return None  # it has never had the place
         if place is not None and not place.seen and place.term < claimed.term <= self.term:
             place.term = claimed.term
         if place is None or place.term != claimed.term:

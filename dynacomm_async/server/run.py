@@ -114,7 +114,7 @@ class Run:
         self._ended = False
         self._has_initial = False
         self._model_is_brought = False  # by a worker, rather than given by the owner
-        self._places = Places(options.workers)
+        self._places = Places(options.workers, term=self.incarnation << 20)
         self._pace: Pace | None = None
         self._kernels: str | None = None
         self._training_began = False
@@ -161,8 +161,7 @@ class Run:
         for place in self._places:
             self._wait_for(place, "the server was restarted", self._options.absence_s)
         self._start_updates()
-        if self.finishing and not len(self._places):  # saved when all had got the end and left
-            self._end(self._result())
+        self._end_when_all_have_left()  # it may have been saved when they had
 
     def start_life(self, incarnation: int) -> None:
         """This is a numbered life of a server that leaves traces."""
@@ -231,16 +230,18 @@ class Run:
         if self.finishing and place is None:
             raise Refusal("run-over", "this run has ended; start the server again for another")
         if place is None:
-            place = self._place_newcomer(member, hello.member)
-        member.slot = place.slot
+            slot, term = self._place_newcomer(member, hello.member)
+        else:
+            slot, term = place.slot, place.term
+        member.slot = slot
         failpoint("server.greeted")
         options, store, pace = self._options, self.store, self._pace
-        version = 0 if pace is None else pace.stands_at(place.slot)
+        version = 0 if pace is None else pace.stands_at(slot)
         return Welcome(
             protocol=PROTOCOL_VERSION,
             run=self.name,
-            slot=place.slot,
-            term=place.term,
+            slot=slot,
+            term=term,
             workers=options.workers,
             layers=None if store is None else store.grid.layers,
             version=version,
@@ -248,7 +249,7 @@ class Run:
             upload=self._uploads(member),
             settings=options.settings,
             incarnation=self.incarnation,
-            resumed=self._training_began and place.begun,
+            resumed=self._training_began and place is not None and place.begun,
             silence_ms=max(1, round(1000 * options.heartbeat_s)),
             split=None if pace is None else pace.split_of(version),
         )
@@ -272,30 +273,37 @@ class Run:
     def _come_back(self, member: Member, claimed: Membership) -> Place | None:
         place = self._places.come_back(claimed, member)
         if place is not None:
-            former, place.member = place.member, member
+            former = place.member
+            place.connect(member)
             if former is not None:
                 former.channel.abort()
         return place
 
-    def _place_newcomer(self, member: Member, claimed: Membership | None) -> Place:
-        """Hold a free rank, or that of a member who is away if its step can be done anew."""
-        slots = self._places.free
+    def _place_newcomer(self, member: Member, claimed: Membership | None) -> tuple[int, int]:
+        """Hold a free rank, or promise that of a member who is away if its step can be done anew;
+        return the rank and the term."""
+        slots, pace = self._places.free, self._pace
         if claimed is not None and claimed.slot in slots:
             slots = [claimed.slot]  # its own: training has begun anew, or not yet
-        if self._pace is not None and self._training_began and not slots:
-            slots = [slot for slot in self._places.vacant if self._pace.may_replace(slot)]
-        if not slots and self._places.away and not self._places.vacant:
+        if slots:
+            # Where each has a clock of its own, a rank that is ahead would wait for the others.
+            slot = slots[0] if pace is None else min(slots, key=pace.stands_at)
+            place = self._places.take(slot, member)
+            return place.slot, place.term
+        if pace is not None and self._training_began:
+            slots = [slot for slot in self._places.vacant if pace.may_replace(slot)]
+        if slots:
+            return slots[0], self._places.promise(slots[0], member)
+        if self._places.away and not self._places.vacant:
             raise Refusal(
                 "place-kept",
                 "the server was restarted, and its workers may be on their way back; try again",
             )
-        if not slots:
-            raise Refusal(
-                "run-full",
-                f"all {self._options.workers} workers of this run have joined; "
-                "start the server with a larger --workers",
-            )
-        return self._places.take(slots[0], member)
+        raise Refusal(
+            "run-full",
+            f"all {self._options.workers} workers of this run have joined; "
+            "start the server with a larger --workers",
+        )
 
     def join(self, member: Member, join: Join) -> Grid:
         """Make sure that a greeted stranger computes what the others do."""
@@ -313,25 +321,31 @@ class Run:
 
     def joined(self, member: Member) -> None:
         """A stranger has become a member."""
-        place = self._places.of(member)
-        assert place is not None
         assert self._pace is not None
+        place = self._places.of(member) or self._inherit(member, self._pace)
         if self._updates is None:  # nobody is let in by himself
             _log.info("worker %d has joined from %s", place.slot, place.peer)
             asyncio.get_running_loop().call_soon(self._begin_when_ready)
             return
-        ends = self._options.mode.leaving == "end"
-        if ends and place.counted and not place.entered and not self._pace.may_replace(place.slot):
+        if not place.entered:
+            _log.info("worker %d has joined from %s, while training runs", place.slot, place.peer)
+        place.begun = False  # nothing had come to it before
+        self._pace.enter(place)
+
+    def _inherit(self, member: Member, pace: Pace) -> Place:
+        """Give a newcomer the place that it was promised, if that can still be."""
+        slot = member.slot
+        assert slot is not None
+        if self._options.mode.leaving == "end" and not pace.may_replace(slot):
             raise Refusal(
                 "run-full",
-                f"the step of worker {place.slot}, whose place this is, has begun to change "
+                f"the step of worker {slot}, whose place this was to be, has begun to change "
                 "parameters: nobody else can compute it any more",
             )
-        is_new = not place.entered
-        self._pace.enter(place)
-        if is_new:
-            when = "at once" if place.begun else "from the next step on"
-            _log.info("worker %d has joined from %s, to take part %s", place.slot, place.peer, when)
+        place = self._places.inherit(member)
+        if place is None:
+            raise Refusal("run-full", f"worker {slot}, whose place this was to be, has come back")
+        return place
 
     def resume(self, member: Member, resume: Resume) -> Comeback:
         """Say what a member that is back need not send again, and what it can have at once."""
@@ -406,6 +420,7 @@ class Run:
     def departed(self, member: Member, error: DynaCommError) -> None:
         """A connection is over."""
         self.connections.discard(member)
+        self._places.disinherit(member)
         place = self._places.of(member)
         if place is None:
             return  # never had one, or is back over another connection by now
@@ -413,6 +428,7 @@ class Run:
         what = f"was lost in step {self.step}: {error}"
         if member.said_leave:
             what = f"left in step {self.step}"
+            place.has_left = True
             may_return = self._options.mode.leaving == "wait" and not self.finishing
         if place.counted and self._is_training and may_return and self._options.absence_s:
             limit_s = _LAST_S if member.said_end else self._options.absence_s
@@ -448,8 +464,7 @@ class Run:
             if self._model_is_brought:
                 self.store = self._pace = None
                 self._has_initial = False
-        if self.finishing and not len(self._places):
-            self._end(self._result())
+        self._end_when_all_have_left()
 
     def _go_on_without(self, place: Place, what: str) -> None:
         assert self._pace is not None
@@ -466,11 +481,12 @@ class Run:
         if place is None or place.member is None:
             return
         place.refusals += 1
+        place.refused_at = self._pace.stands_at(slot) if self._pace is not None else 0
         limit = self._options.refusals
         _log.warning("worker %d (%s): %s (%d of %d)", slot, place.peer, text, place.refusals, limit)
         if place.refusals < limit:
             return
-        if min(other.refusals for other in self._places) >= max(1, limit - 1):
+        if min(other.refused_at for other in self._places) >= place.refused_at - 1:
             told = "the gradients of all workers hold values that are not finite, or far too large"
             self.fail(Error("diverged", f"training has diverged: {told}; try a lower --rate"))
             return
@@ -543,7 +559,7 @@ class Run:
 
     def _start_updates(self) -> None:
         assert self._pace is not None
-        self._updates = self._start(self._pace.work(self._save_if_due), "updates")
+        self._updates = self._start(self._pace.work(self._after_step), "updates")
 
     def _start(self, work: Any, name: str) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.create_task(work, name=name)
@@ -562,9 +578,17 @@ class Run:
         text = f"the server failed in step {self.step}: {_explain(error)}"
         self.fail(Error("server-failed", text), error)
 
-    async def _save_if_due(self) -> None:
+    async def _after_step(self) -> None:
         if self._saving is not None:
             await self._saving.save_if_due(self._state, self.step, self._options.steps)
+        if self.finishing:
+            for place in [place for place in self._places if place.has_left]:
+                self._places.release(place.slot)  # it was kept for a newcomer
+            self._end_when_all_have_left()
+
+    def _end_when_all_have_left(self) -> None:
+        if self.finishing and not len(self._places):
+            self._end(self._result())
 
     def _state(self) -> CheckpointState:
         """Return what the next life of this server needs; its arrays are the live ones."""

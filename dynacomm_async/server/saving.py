@@ -88,7 +88,8 @@ class Saving:
         self, make: Callable[[], CheckpointState], step: int, last_step: int
     ) -> None:
         """Copy the state, whose arrays must not change meanwhile, and have it written."""
-        if step % self._every and step < last_step:
+        offered = self._offered_step or 0
+        if step // self._every == offered // self._every and step < last_step:
             return
         failpoint("server.before-save")
         state = await asyncio.to_thread(make().copy)

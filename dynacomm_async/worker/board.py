@@ -79,9 +79,18 @@ class Board:
         splits = self._splits
         return next((split for split in reversed(splits) if split.step <= step), None)
 
-    def divide(self, split: Split | None) -> None:
-        """Take note of among whom the data are divided, whatever was known before."""
-        self._splits = () if split is None else (split,)
+    def divide(self, split: Split | None, *, keep_later: bool = False) -> None:
+        """Take note of among whom the data are divided.
+
+        Args:
+            split: as the server says.
+            keep_later: keep what is known of steps behind it; else nothing that was known counts.
+        """
+        if split is None:
+            self._splits = ()
+            return
+        later = [known for known in self._splits if known.step > split.step]
+        self._splits = (split, *later) if keep_later else (split,)
 
     def is_granted(self, phase: Phase, layer: int, step: int) -> bool:
         """Return whether the layer may be computed now.

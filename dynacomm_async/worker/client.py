@@ -153,6 +153,7 @@ class Client:
         self._reports: dict[int, Report] = {}
         self._outbox: list[tuple[int, Send]] = []
         self._joins = False  # nobody has said yet which version training begins with here
+        self._skipped = -1  # the last step that was left because it does not count
         self._notes: list[Message] = []  # that go before gradients
         self._may_push = False  # the server has said what it has
         self._wake = asyncio.Event()
@@ -169,6 +170,7 @@ class Client:
     def join(self, line: Line) -> None:
         """Take the place that the welcome holds, and start to receive."""
         self._open_step(self._version)
+        self._joins = True
         self._take_up(line, self._welcome)
 
     def guard(self, call: Callable[..., object], *args: object) -> None:
@@ -301,16 +303,18 @@ class Client:
                 f"the server gives rank {welcome.slot} to rank {self._welcome.slot}"
             )
         known, self._welcome = self._welcome, welcome
-        self._board.divide(welcome.split)
-        stands = (known.incarnation, self._version) == (welcome.incarnation, welcome.version)
-        if welcome.resumed:
+        is_new = welcome.incarnation != known.incarnation or not welcome.resumed
+        self._board.divide(welcome.split, keep_later=not is_new)
+        if welcome.resumed and not self._joins:
             if welcome.incarnation != known.incarnation:
                 self._step_back(welcome.version)
             opening = self._resume()
         else:
-            self._connection = 0
-            if not stands or self._landed:
+            self._connection = 0 if not welcome.resumed else self._connection
+            if not self._joins:
                 self._step_back(welcome.version, is_certain=False)
+            elif self._version != welcome.version:
+                self._begin_anew(welcome.version)
             opening = self._join(welcome)
             self._joins = self._may_push = True
         self._notes.clear()
@@ -339,7 +343,9 @@ class Client:
         return [(Resume(self._subscription(), merge(self._landed)), ())]
 
     def _step_back(self, step: int, *, is_certain: bool = True) -> None:
-        """Training goes on with an earlier step: nothing of what came after it has been."""
+        """Training goes on with another step, or (not ``is_certain``) with whichever comes first:
+        nothing of what is under way has been."""
+        self._skipped = -1
         self._begin_anew(step)
         self._board.step_back(step if is_certain else None)
         failpoint("worker.rolled-back")
@@ -367,6 +373,7 @@ class Client:
             return  # it was known before, or the server had all of it
         _log.warning("rank %d: %s", self._welcome.slot, skip.text)
         self._joins = False
+        self._skipped = step
         is_computing = machine is None or not machine.computed
         self._outbox = [(of, send) for of, send in self._outbox if of > step]
         if self._version <= step:  # with its first gradients it would have subscribed
@@ -383,7 +390,7 @@ class Client:
         version, step = self._version, have.step
         if step == version:
             self._forget(version - 1)
-        elif step + 1 != version or step not in self._machines:
+        elif step + 1 != version or (step not in self._machines and step > self._skipped):
             raise RemoteProtocolError(f"the server is in step {step}, expected {version}")
         self._outbox.clear()
         parameters = Range(0, self._grid.n_parameter_cells)

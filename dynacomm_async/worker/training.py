@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from time import sleep, thread_time_ns
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,9 @@ from dynacomm_async.worker.taken import Step
 
 __all__ = ["BatchSource", "TrainedStep", "bind_engine", "layer_specs", "train"]
 
-BatchSource = Callable[[int], tuple[NDArray[np.float32], NDArray[np.int64]]]
+Batch: TypeAlias = tuple[NDArray[np.float32], NDArray[np.int64]]
+
+BatchSource: TypeAlias = Callable[[int], Batch]
 """From a step's index to (N, H, W, C) images and (N,) labels, new or never changed; the same for a
 repeated step, unless :meth:`Session.split_of` says otherwise by then."""
 
@@ -127,17 +130,21 @@ def train(
         DynaCommError: what ended the session.
     """
 
-    def make(index: int) -> tuple[Split | None, tuple[NDArray[np.float32], NDArray[np.int64]]]:
+    slot = session.welcome.slot
+
+    def make(index: int) -> tuple[Split | None, Batch | None]:
         split = session.split_of(index)
-        return split, batches(index)
+        is_mine = split is None or slot in split.members
+        return split, batches(index) if is_mine else None
 
     with Ahead(make, session.welcome.steps) as ahead:
         ahead.expect(session.welcome.version)
         for step in session.steps():
-            split, (images, labels) = ahead.take(step.index)
-            if split != step.split:  # somebody has come or gone since it was made
-                images, labels = batches(step.index)
-            draw = seed, step.index, session.welcome.slot
+            split, batch = ahead.take(step.index)
+            if batch is None or split != step.split:  # somebody has come or gone since
+                batch = batches(step.index)
+            images, labels = batch
+            draw = seed, step.index, slot
             with np.errstate(over="ignore", invalid="ignore"):  # the server looks at it
                 engine.step(images, labels, _StepHooks(step, engine, slowdown), draw=draw)
             if not step.abandoned:
