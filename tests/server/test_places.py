@@ -13,7 +13,7 @@ from dynacomm_async.wire.messages import Membership
 
 
 def connection(slot):
-    return SimpleNamespace(slot=slot, channel=SimpleNamespace(peer="somewhere"))
+    return SimpleNamespace(slot=slot, sent=-1, channel=SimpleNamespace(peer="somewhere"))
 
 
 def restarted(term):
