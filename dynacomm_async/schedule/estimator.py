@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from dynacomm_async.errors import PlanError
 from dynacomm_async.schedule.costs import Costs, LayerCosts
-from dynacomm_async.schedule.duplex import DuplexEstimator
+from dynacomm_async.schedule.duplex import Duplex
 from dynacomm_async.schedule.linkfit import LinkFit, Observation, Prior, fit_link
 
 __all__ = ["Estimator", "LayerTimes", "LinkEstimator"]
@@ -394,7 +394,7 @@ class Estimator:
         self.times = LayerTimes(len(self._layers))
         self.up = LinkEstimator()
         self.down = LinkEstimator()
-        self.duplex = DuplexEstimator()
+        self.duplex = Duplex()
 
     def observe_pull(
         self, nbytes: int, elapsed_ns: int, messages: int, *, shared_ns: int = 0
@@ -414,12 +414,12 @@ class Estimator:
         if not shared_ns or self.duplex.half is False:
             self.down.observe(nbytes, elapsed_ns, messages)
         if self.down.changes != changes:
-            self.duplex = DuplexEstimator()
+            self.duplex.start_over()
 
     def observe_pushes(
         self, arrivals: Iterable[tuple[int, int, int]], *, crossing: bool = False
     ) -> None:
-        """Add what the messages of gradients took, as the server saw it.
+        """Add what a step's messages of gradients took, as the server saw it; the step is over.
 
         Args:
             arrivals: ``(nbytes, elapsed_ns, messages)`` of each.
@@ -427,6 +427,7 @@ class Estimator:
                 uplink's rate if the directions take turns. Where that cannot be told they count:
                 a downlink so fast that nothing is ever shared must not hide a slow uplink.
         """
+        self.duplex.end_step(crossing=crossing)
         if crossing and self.duplex.half is True:
             return
         for nbytes, elapsed_ns, messages in arrivals:

@@ -11,6 +11,10 @@ from dynacomm_async.schedule.plan import AnyPlan
 __all__ = ["Replan", "describe_change", "describe_estimate"]
 
 _WORTH_TELLING = 0.05
+_DUPLEX = {
+    True: "the link's directions take turns",
+    False: "the link's directions have room at once, or it is tried whether they have",
+}
 _LEAST_NS = 100_000  # a time that changed by less has made no difference
 
 
@@ -64,6 +68,8 @@ def describe_change(before: Costs, after: Costs) -> str:
 
 def _list_changes(before: Costs, after: Costs) -> Iterator[tuple[float, str]]:
     """Yield the size and the words of every change, sizes as shares of the larger value."""
+    if before.half_duplex != after.half_duplex:
+        yield 1.0, _DUPLEX[after.half_duplex]
     for name, rate in (("downlink rate", _down_rate), ("uplink rate", _up_rate)):
         old, new = rate(before), rate(after)
         yield (

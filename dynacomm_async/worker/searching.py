@@ -39,7 +39,8 @@ class SearchedPlans(AdaptivePlans):
 
     All judging and searching happens in a thread, one thought at a time; the event loop takes up
     what the last one came to. Until the first has ended, and on a half-duplex link, it is
-    DynaComm's plan.
+    DynaComm's plan, but for the few steps that try whether the link is one
+    (:class:`~dynacomm_async.schedule.duplex.Duplex`).
 
     Args:
         estimator: the measured costs, kept up to date by the session.
@@ -56,7 +57,8 @@ class SearchedPlans(AdaptivePlans):
         self._thought: tuple[AnyPlan, Costs] | None = None
         self._rest_until_ns = 0
         self._n_thoughts = 0
-        self._changes = 0  # of the link, when it was thought about last
+        # Of the link, when it was thought about last: how often it had changed, and its kind.
+        self._link_seen = (0, False)
         self._failed = False
 
     def close(self) -> None:
@@ -69,7 +71,8 @@ class SearchedPlans(AdaptivePlans):
         costs = self._estimator.costs()
         if costs is None:
             return
-        self.costs = costs = replace(costs, workers=self._workers)
+        half_duplex = costs.half_duplex and not self._estimator.duplex.probing
+        self.costs = costs = replace(costs, workers=self._workers, half_duplex=half_duplex)
         if self._is_thinking:
             return
         thought, self._thought = self._thought, None
@@ -96,11 +99,12 @@ class SearchedPlans(AdaptivePlans):
 
     def _think(self, costs: Costs, plain: Plan) -> None:
         changes = self._estimator.up.changes + self._estimator.down.changes
+        link = (changes, costs.half_duplex)
         rested = self._n_thoughts < _EAGER or monotonic_ns() >= self._rest_until_ns
-        if self._failed or not (rested or changes != self._changes):
+        if self._failed or not (rested or link != self._link_seen):
             return
         self._n_thoughts += 1
-        self._changes = changes
+        self._link_seen = link
         current = self._current
         assert current is not None, "there is a plan before there are thoughts"
 

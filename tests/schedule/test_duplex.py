@@ -7,7 +7,7 @@ import random
 import pytest
 
 from dynacomm_async.errors import PlanError
-from dynacomm_async.schedule.duplex import BusyTimes, DuplexEstimator
+from dynacomm_async.schedule.duplex import BusyTimes, Duplex, DuplexEstimator
 from dynacomm_async.schedule.estimator import Estimator
 
 MS = 10**6
@@ -77,21 +77,148 @@ def test_a_path_that_slows_down_for_a_while_is_no_shared_medium() -> None:
         assert estimator.half is not True
 
 
+def test_slowness_for_a_tenth_of_the_shared_time_does_not_decide() -> None:
+    for first in range(0, 100, 10):  # wherever it is
+        estimator = DuplexEstimator()
+        for index in range(100):
+            elapsed_ns = 20 * MS if first <= index < first + 10 else 10 * MS
+            estimator.observe(10 * MS, elapsed_ns, elapsed_ns)
+        assert estimator.half is False
+
+
+def test_where_messages_contradict_each_other_nothing_is_said() -> None:
+    # A reader on a busy machine is late for one message and then finds others there already: few
+    # look slowed down, while together they took what a shared medium takes.
+    late_reader, hold_ups = DuplexEstimator(), DuplexEstimator()
+    for _ in range(20):
+        late_reader.observe(10 * MS, 37 * MS, 20 * MS)
+        for _ in range(2):
+            late_reader.observe(10 * MS, 13 * MS, 13 * MS)
+    assert late_reader.half is None
+    assert late_reader.tells
+    # Most look slowed down by a little, and others make up for it.
+    for _ in range(20):
+        hold_ups.observe(10 * MS, 17 * MS, 17 * MS)
+        hold_ups.observe(20 * MS, 15 * MS, 15 * MS)
+    assert hold_ups.half is None
+
+
+def test_two_directions_that_keep_more_than_six_tenths_of_their_rates_share_no_medium() -> None:
+    estimator = DuplexEstimator()
+    for _ in range(20):
+        estimator.observe(62 * MS, 100 * MS, 100 * MS)
+    assert estimator.half is False
+
+
+def cross(duplex: Duplex, *, slowed: bool) -> None:
+    """Take a step that crosses, of three messages that are slowed down or not."""
+    for _ in range(3):
+        elapsed_ns = (20 if slowed else 10) * MS
+        duplex.observe(10 * MS, elapsed_ns, elapsed_ns)
+    duplex.end_step(crossing=True)
+
+
+def wait(duplex: Duplex) -> int:
+    """Take steps behind a barrier until it asks for others; return how many."""
+    steps = 0
+    while not duplex.probing:
+        duplex.end_step(crossing=False)
+        steps += 1
+    return steps
+
+
+def test_the_first_step_that_crosses_tells_nothing() -> None:
+    duplex = Duplex()
+    cross(duplex, slowed=True)
+    assert duplex.half is None
+    cross(duplex, slowed=False)
+    assert duplex.half is False
+    duplex.end_step(crossing=False)
+    cross(duplex, slowed=True)
+    assert duplex.half is False
+
+
+def test_a_shared_medium_is_found_out_in_two_steps_and_then_doubted_ever_more_rarely() -> None:
+    duplex, waits = Duplex(), []
+    for _ in range(8):
+        cross(duplex, slowed=True)
+        cross(duplex, slowed=True)
+        assert (duplex.half, duplex.probing) == (True, False)
+        waits.append(wait(duplex))
+        assert duplex.half is True
+    assert waits == [3, 6, 12, 24, 48, 96, 96, 96]
+
+
+def test_a_verdict_that_congestion_control_brought_about_is_revised() -> None:
+    duplex = Duplex()
+    for _ in range(2):
+        cross(duplex, slowed=True)
+    assert duplex.half is True
+    assert wait(duplex) == 3
+    cross(duplex, slowed=True)  # as whenever traffic both ways begins
+    assert (duplex.half, duplex.probing) == (True, True)
+    cross(duplex, slowed=False)
+    assert (duplex.half, duplex.probing) == (False, False)
+
+
+def test_a_test_in_which_nothing_is_shared_ends_with_nothing_known() -> None:
+    duplex = Duplex()
+    for _ in range(2):
+        cross(duplex, slowed=True)
+    wait(duplex)
+    steps = 0
+    while duplex.probing:
+        duplex.end_step(crossing=True)
+        steps += 1
+    assert duplex.half is None
+    assert steps == 8
+
+
+def test_a_test_that_contradicts_itself_leaves_the_verdict_and_doubts_it_later() -> None:
+    duplex = Duplex()
+    for _ in range(2):
+        cross(duplex, slowed=True)
+    wait(duplex)
+    steps = 0
+    while duplex.probing:
+        duplex.observe(10 * MS, 17 * MS, 17 * MS)
+        duplex.observe(20 * MS, 15 * MS, 15 * MS)
+        duplex.end_step(crossing=True)
+        steps += 1
+    assert duplex.half is True
+    assert steps == 8
+    assert wait(duplex) == 6
+
+
+def test_when_the_link_has_changed_the_verdict_stands_and_is_doubted_at_once() -> None:
+    duplex = Duplex()
+    for _ in range(2):
+        cross(duplex, slowed=True)
+    duplex.start_over()
+    assert duplex.half is True
+    assert wait(duplex) == 1
+
+
 def pull_over(estimator: Estimator, n: int, ns_per_byte: float, *, half: bool, alone: bool) -> None:
-    """Pull messages of four sizes, 1 ms each beside their bytes.
+    """Pull messages of four sizes, 1 ms each beside their bytes; four make a step.
 
     The uplink is busy all the time but where they are alone, or a barrier is kept.
     """
+    duplex = estimator.duplex
+    crossing = False
     for index in range(n):
+        if index % 4 == 0:
+            crossing = not alone and (duplex.half is not True or duplex.probing)
         nbytes = (200_000, 150_000, 90_000, 30_000)[index % 4]
-        shared = not alone and estimator.duplex.half is not True
-        elapsed_ns = round(MS + nbytes * ns_per_byte) * (2 if half and shared else 1)
+        elapsed_ns = round(MS + nbytes * ns_per_byte) * (2 if half and crossing else 1)
         elapsed_ns += 50_000 * (index % 3)
-        estimator.observe_pull(nbytes, elapsed_ns, 1, shared_ns=elapsed_ns if shared else 0)
+        estimator.observe_pull(nbytes, elapsed_ns, 1, shared_ns=elapsed_ns if crossing else 0)
+        if index % 4 == 3:
+            estimator.observe_pushes((), crossing=crossing)
 
 
 @pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("before", [4, 12, 70])
+@pytest.mark.parametrize("before", [8, 12, 70])  # a verdict takes two steps, of four messages
 @pytest.mark.parametrize("slower", [0.25, 2, 3, 10, 50])
 def test_a_link_that_becomes_slower_or_faster_is_not_taken_for_another_kind(
     slower: float, before: int, half: bool

@@ -37,7 +37,8 @@ def train(address, strategy, n_steps=None):
                 break
         estimator = session.estimator
         if strategy == "joint":
-            return estimator.duplex.half, session.plans.plan_of(session.welcome.steps)
+            plans = [session.plans.plan_of(step) for step in range(session.welcome.steps)]
+            return estimator.duplex.half, plans
         return [
             (link.ns_per_byte, link.overhead_ns, link.changes)
             for link in (estimator.down, estimator.up)
@@ -84,8 +85,9 @@ async def test_a_link_that_becomes_slower_is_noticed_under_one_message_a_step():
 @pytest.mark.slow
 async def test_a_medium_that_both_directions_share_is_found_out_and_then_steps_keep_a_barrier():
     settings = LinkSettings(BYTES_PER_S, BYTES_PER_S, overhead_s=0.001, half_duplex=True)
-    half, last_plan = await run_over(settings, "joint", steps=60)
+    half, plans = await run_over(settings, "joint", steps=60)
 
     assert half is True
-    assert isinstance(last_plan, Plan)
-    assert last_plan.barrier
+    # It is tried whether that is still so, but ever more rarely.
+    late = [isinstance(plan, Plan) and plan.barrier for plan in plans[30:]]
+    assert sum(late) > len(late) / 2

@@ -31,6 +31,7 @@ class Told:
     def __init__(self, costs: Costs) -> None:
         self.now = costs
         self.up = self.down = SimpleNamespace(rate_error=0.0, changes=0)
+        self.duplex = SimpleNamespace(probing=False)
 
     def costs(self) -> Costs:
         return self.now
@@ -148,3 +149,28 @@ def test_a_link_that_turns_out_to_be_half_duplex_gets_its_barrier_back_at_once()
     plans.close()
     think(plans)
     assert plans.plan(WARMUP_STEPS + 2) == plain(told.now)
+
+
+def test_a_link_that_is_tried_for_both_directions_is_crossed_at_once_and_the_log_says_so(
+    monkeypatch,
+):
+    # No thought is due but for a change of the link.
+    monkeypatch.setattr("dynacomm_async.worker.searching.monotonic_ns", lambda: 0)
+    plans, told = make()
+    for _ in range(20):
+        think(plans)
+    plans.plan(WARMUP_STEPS)
+    told.now = replace(COSTS, half_duplex=True)
+    think(plans)
+    assert plans.plan(WARMUP_STEPS + 1).barrier
+    told.duplex.probing = True
+    think(plans)
+    assert is_crossing(plans.plan(WARMUP_STEPS + 2))
+    told.duplex.probing = False
+    think(plans)
+    assert plans.plan(WARMUP_STEPS + 3) == plain(told.now)
+    assert [entry.reason for entry in plans.log][-3:] == [
+        "the link's directions take turns",
+        "the link's directions have room at once, or it is tried whether they have",
+        "the link's directions take turns",
+    ]
