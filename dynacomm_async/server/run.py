@@ -10,7 +10,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -625,6 +625,9 @@ class Run:
         }
 
     def _on_step(self, record: StepRecord) -> None:
+        before = self.records[-1] if self.records else record
+        if record.contributors == before.contributors:  # one of it is enough: steps are many
+            record = replace(record, contributors=before.contributors)
         self.records.append(record)
         if self._options.on_step is not None:
             self._options.on_step(record)
