@@ -26,11 +26,6 @@ class Boundary:
         self._before = [np.empty_like(array) for array in self._live]
         self._kept: list[Range] = []
 
-    @property
-    def changed(self) -> bool:
-        """Whether the step under way has changed anything yet."""
-        return bool(self._kept)
-
     def keep(self, cells: Range) -> None:
         """These cells are about to change; each of them once a step."""
         self._kept.append(cells)

@@ -54,10 +54,11 @@ class Step:
 
     @property
     def abandoned(self) -> bool:
-        """Whether the server was restarted and has stepped back: this step is void.
+        """Whether this step is void: the server was restarted and has stepped back, has made the
+        step without this worker, or has given its place up meanwhile.
 
         Its methods do nothing then, and return at once; parameters may be those of any step. The
-        next step computes it, or an earlier one, again.
+        next step says where training stands.
         """
         return self.session.board.course.life != self.life
 
