@@ -6,11 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from time import monotonic_ns
 from typing import Any
 
-from dynacomm_async.errors import RemoteProtocolError
 from dynacomm_async.failpoints import failpoint
 from dynacomm_async.ranges import Range
 from dynacomm_async.server.boundary import Boundary
-from dynacomm_async.server.member import Member
 from dynacomm_async.server.modes import Mode
 from dynacomm_async.server.pace import Due, Pace, Watchers
 from dynacomm_async.server.places import Place, Places
@@ -18,7 +16,7 @@ from dynacomm_async.server.results import Applied, StepRecord, join_contributors
 from dynacomm_async.server.rounds import Rounds
 from dynacomm_async.server.store import Store
 from dynacomm_async.split import Split
-from dynacomm_async.wire.messages import Have, Report, Skip
+from dynacomm_async.wire.messages import Report, Skip
 
 __all__ = ["Lockstep"]
 
@@ -142,18 +140,6 @@ class Lockstep(Pace):
             self._divide_anew()
         self._begin_newcomers()
 
-    def come_back(self, member: Member, slot: int, version: int) -> tuple[Have, Skip | None]:
-        """Say which gradients of the step under way have arrived, and what was made without."""
-        step, skips = self.step, self._rounds.skips(slot)
-        skip = self._missed(slot, skips) if skips >= min(version, step) else None
-        if version in (step, step + 1):
-            return Have(step, tuple(self._rounds.have(slot, step))), skip
-        if skip is None or version > step:
-            raise RemoteProtocolError(
-                f"a member comes back to version {version}, expected {step} or {step + 1}"
-            )
-        return Have(version, (Range(0, self._grid.n_cells),)), skip
-
     def give_up(self, slot: int) -> None:
         """Go on with those who are left, from where it left the step."""
         self._leave(slot)
@@ -168,6 +154,9 @@ class Lockstep(Pace):
     def counts(self, slot: int, step: int, ranges: Sequence[Range]) -> bool:
         """Whether gradients are those of the step under way, and new."""
         return self._rounds.check(slot, step, ranges)
+
+    def _have(self, slot: int, step: int) -> list[Range]:
+        return self._rounds.have(slot, step)
 
     def _skips(self, slot: int) -> int:
         return self._rounds.skips(slot)

@@ -7,17 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from time import monotonic_ns
 from typing import Any
 
-from dynacomm_async.errors import RemoteProtocolError
 from dynacomm_async.failpoints import failpoint
 from dynacomm_async.ranges import Range
 from dynacomm_async.server.clocks import StaleRounds
-from dynacomm_async.server.member import Member
 from dynacomm_async.server.modes import Mode
 from dynacomm_async.server.pace import Due, Pace, Watchers
 from dynacomm_async.server.places import Place, Places
 from dynacomm_async.server.results import StepRecord
 from dynacomm_async.server.store import Store
-from dynacomm_async.wire.messages import Have, Report, Skip
+from dynacomm_async.wire.messages import Report
 
 __all__ = ["Loose"]
 
@@ -123,18 +121,6 @@ class Loose(Pace):
         a newcomer land where those of its predecessor lie."""
         self._enqueue([change])
 
-    def come_back(self, member: Member, slot: int, version: int) -> tuple[Have, Skip | None]:
-        """Say which gradients of its step have arrived."""
-        clock, skips = self._rounds.clock(slot), self._rounds.skips(slot)
-        skip = self._missed(slot, skips) if skips >= min(version, clock) else None
-        if version in (clock, clock + 1):
-            return Have(clock, tuple(self._rounds.have(slot, clock))), skip
-        if skip is None or version > clock:
-            raise RemoteProtocolError(
-                f"a member comes back to version {version}, expected {clock} or {clock + 1}"
-            )
-        return Have(version, (Range(0, self._grid.n_cells),)), skip
-
     def give_up(self, slot: int) -> None:
         """Nobody waits for its clock any more, once all that it has pushed has been applied."""
         self._change(lambda: self._let_go(slot))
@@ -148,6 +134,9 @@ class Loose(Pace):
     def counts(self, slot: int, step: int, ranges: Sequence[Range]) -> bool:
         """Whether gradients are those of the step that the rank's clock says, and new."""
         return self._rounds.check(slot, step, ranges)
+
+    def _have(self, slot: int, step: int) -> list[Range]:
+        return self._rounds.have(slot, step)
 
     def _skips(self, slot: int) -> int:
         return self._rounds.skips(slot)

@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dynacomm_async.errors import DynaCommError
+from dynacomm_async.errors import DynaCommError, RemoteProtocolError
 from dynacomm_async.failpoints import failpoint
 from dynacomm_async.ranges import Range
 from dynacomm_async.recording import Recorder, Updated
-from dynacomm_async.server.member import Member
 from dynacomm_async.server.places import Place, Places
 from dynacomm_async.server.results import Applied, StepRecord
 from dynacomm_async.server.store import Store, is_sound
@@ -139,13 +138,21 @@ class Pace(ABC):
     def enter(self, place: Place) -> None:
         """Let a newcomer take part as soon as it can."""
 
-    @abstractmethod
-    def come_back(self, member: Member, slot: int, version: int) -> tuple[Have, Skip | None]:
-        """Say what a member that is back need not send again.
+    def come_back(self, slot: int, version: int) -> tuple[Have, Skip | None]:
+        """Say what a member that is back need not send again, and what was made without it.
 
         Raises:
             RemoteProtocolError: it comes back to a version that it cannot have been at.
         """
+        stands, skips = self.stands_at(slot), self._skips(slot)
+        skip = self._missed(slot, skips) if skips >= min(version, stands) else None
+        if version in (stands, stands + 1):
+            return Have(stands, tuple(self._have(slot, stands))), skip
+        if skip is None or version > stands:
+            raise RemoteProtocolError(
+                f"a member comes back to version {version}, expected {stands} or {stands + 1}"
+            )
+        return Have(version, (Range(0, self._grid.n_cells),)), skip
 
     @abstractmethod
     def give_up(self, slot: int) -> None:
@@ -179,6 +186,10 @@ class Pace(ABC):
         self._refuse(slot, step)
         self._tell_skip(slot, Skip(step, "poison", text))
         self._watchers.on_poison(slot, text)
+
+    @abstractmethod
+    def _have(self, slot: int, step: int) -> list[Range]:
+        """Return the cells of a rank's gradients that need not be pushed (again)."""
 
     @abstractmethod
     def _skips(self, slot: int) -> int:

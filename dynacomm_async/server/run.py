@@ -352,7 +352,7 @@ class Run:
         if not self._training_began or self._pace is None or member.slot is None:
             raise RemoteProtocolError("a member comes back before training has begun")
         version = resume.subscription.version
-        have, skip = self._pace.come_back(member, member.slot, version)
+        have, skip = self._pace.come_back(member.slot, version)
         _log.info("worker %d is back from %s", member.slot, member.channel.peer)
         failpoint("server.after-have")
         ending = End(self._options.steps) if self.finishing else None
