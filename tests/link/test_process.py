@@ -19,6 +19,7 @@ import pytest
 from dynacomm_async.addresses import parse_address
 from dynacomm_async.errors import ConfigError
 from dynacomm_async.link import LinkProcess, LinkSettings, arguments_of
+from dynacomm_async.link.flow import _CREDIT_NS
 from dynacomm_async.wire.frame import PREFIX_NBYTES, MessageKind, Prefix
 
 MBIT_100 = 12.5e6
@@ -105,6 +106,8 @@ def transfer(ways: list[tuple[socket.socket, socket.socket, bytes]]) -> list[flo
 def check(measure: Callable[[], float], expected_s: float, floor: float = 0.98) -> None:
     """A link is never faster than it should be, however busy the machine; nor much slower.
 
+    But for what it credits itself with when it wakes up late: then it takes bytes for having waited
+    that may have come just now.
     How exactly it keeps time is arithmetic, tested in test_medium.py, and wake-ups, which are the
     machine's: ``demos/benchmarks/link.py`` measures them. Here, a mistake that charges a byte or
     an overhead twice, or to the wrong direction, would double the time.
@@ -113,7 +116,7 @@ def check(measure: Callable[[], float], expected_s: float, floor: float = 0.98) 
     measured: list[float] = []
     while not measured or (len(measured) < TRIES and min(measured) > most_s):
         measured.append(measure())
-    assert min(measured) > expected_s * floor, measured
+    assert min(measured) > expected_s * floor - _CREDIT_NS / 1e9, measured
     assert min(measured) < most_s, measured
 
 
