@@ -170,14 +170,14 @@ class Places:
         """Give a stranger what it was promised; None where the other one has come back since, or
         nothing was promised.
         """
-        promised = [(slot, term) for slot, (term, heir) in self._heirs.items() if heir is member]
-        self.disinherit(member)
-        for slot, term in promised:
+        for slot, (term, heir) in list(self._heirs.items()):
             former = self._taken.get(slot)
-            if former is None or former.member is None:
+            if heir is member and (former is None or former.member is None):
+                del self._heirs[slot]  # the term is a membership's from now on
                 place = self.take(slot, member)
                 place.term = term
                 return place
+        self.disinherit(member)
         return None
 
     def disinherit(self, member: Member) -> None:
