@@ -239,7 +239,8 @@ def step_notes(step_s: float | None, account: StepAccount | None = None) -> list
     notes = [] if step_s is None else [f"step {seconds(step_s)}"]
     if account is not None and account.hidden_fraction is not None:
         notes.append(f"hidden {max(0, round(100 * account.hidden_fraction))}%")
-        if account.certificate is not None:
+        if account.certificate is not None and account.certificate >= 1:
+            # Below 1 the costs that it rests on were not those of the step.
             notes.append(f"{account.certificate:.2f} x bound")
     return notes
 

@@ -42,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=number,
         default=30.0,
         metavar="SECONDS",
-        help="how long to look for the server (default: %(default)s)",
+        help="how long to look for the server, at the beginning and when it is lost "
+        "(default: %(default)g)",
     )
     parser.add_argument(
         "--slowdown",

@@ -62,8 +62,8 @@ class Saving:
         checkpoints = self._checkpoints
         if not resume and checkpoints.list():
             raise ConfigError(
-                f"{checkpoints.directory} holds checkpoints of an earlier run: resume it, or "
-                "choose an empty directory"
+                f"{checkpoints.directory} holds checkpoints of an earlier run: go on with it by "
+                "--resume (resume=True), or choose an empty directory"
             )
         layers = None if grid is None else grid.layers
         state = checkpoints.load(run=run, layers=layers, rule=rule)
@@ -156,6 +156,8 @@ def check_settings(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     ours = json.loads(json.dumps(ours, default=repr))  # as it comes back from a file
     for name in sorted({*saved, *ours}):
         if saved.get(name) != ours.get(name):
+            if isinstance(saved.get(name), dict) and isinstance(ours.get(name), dict):
+                check_settings(saved[name], ours[name])
             raise ConfigError(
                 f"the checkpoint is of a run with {name} {saved.get(name)!r}, not "
                 f"{ours.get(name)!r}: resume it with what it began with"

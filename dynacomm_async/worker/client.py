@@ -371,7 +371,10 @@ class Client:
         machine = self._machines.get(step)
         if machine is None and self._version > step:
             return  # it was known before, or the server had all of it
-        _log.warning("rank %d: %s", self._welcome.slot, skip.text)
+        # A slow worker is left out again and again: it is told once.
+        is_news = skip.code != "quorum" or self._skipped < 0
+        level = logging.WARNING if is_news else logging.DEBUG
+        _log.log(level, "rank %d: %s", self._welcome.slot, skip.text)
         self._joins = False
         self._skipped = step
         is_computing = machine is None or not machine.computed
