@@ -99,8 +99,8 @@ class Reacher:
                     "start it, or check --server HOST:PORT"
                     if first
                     else f"the connection to {where} was lost, and there is no way back "
-                    f"(tried for {self._retry_s:g} s: {why}); once the server is there again, start "
-                    "the worker anew"
+                    f"(tried for {self._retry_s:g} s: {why}); once the server is there again, "
+                    "start the worker anew"
                 ) from failure
             # Many workers lose one server at the same moment.
             await asyncio.sleep(pause if first else pause * (0.5 + random.random() / 2))
