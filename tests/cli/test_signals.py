@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(
-    not Path("/proc/self/stat").exists(), reason="processes are found in /proc"
-)
+pytestmark = [
+    pytest.mark.timing,
+    pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found in /proc"),
+]
 
 PATIENCE_S = 30.0
 LIMIT_S = 2.0

@@ -230,6 +230,7 @@ def test_strategies_are_compared_on_two_links():
     assert out.count("fastest: ") == 2
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 def test_the_overlap_benchmark_reports_what_its_model_says_beside_what_it_measures():
     out = run_demo("benchmarks/overlap.py", "--quick", "--rounds=1", "--rates=1gbit", "--json")

@@ -28,6 +28,7 @@ from dynacomm_async.wire.grid import LayerSpec
 # ruff: noqa: ASYNC110 -- the system announces the end of a socket to nobody
 
 pytestmark = [
+    pytest.mark.timing,
     pytest.mark.slow,
     pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="sockets are found in /proc"),
 ]

@@ -37,6 +37,8 @@ from dynacomm_async.wire.messages import (
 )
 from dynacomm_async.worker.session import Session
 
+pytestmark = pytest.mark.timing
+
 TRAINING = Training(SGD(0.9), Constant(0.05), weight_decay=0.01)
 STEPS = 4
 LIMIT_S = 0.6

@@ -25,6 +25,8 @@ from dynacomm_async.transport import LoopThread, parse_address
 from dynacomm_async.wire.messages import Error, Hello
 from dynacomm_async.worker import Session
 
+pytestmark = pytest.mark.timing
+
 STEPS = 40
 LIMIT_S = 10.0
 COMPLAINTS = re.compile("Traceback|destroyed|never awaited|never retrieved|Warning")

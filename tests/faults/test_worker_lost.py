@@ -23,6 +23,8 @@ from dynacomm_async.optim import SGD, Constant
 from dynacomm_async.server import Mode, ParameterServer, Training
 from dynacomm_async.wire.grid import LayerSpec
 
+pytestmark = pytest.mark.timing
+
 TRAINING = Training(SGD(0.9), Constant(0.02), weight_decay=0.01)
 LAYERS = (LayerSpec("front", 50_000, decay=50_000), LayerSpec("back", 50_000))
 HEARTBEAT_S = 1.0

@@ -22,6 +22,8 @@ from dynacomm_async.link import LinkProcess, LinkSettings, arguments_of
 from dynacomm_async.link.flow import _CREDIT_NS
 from dynacomm_async.wire.frame import PREFIX_NBYTES, MessageKind, Prefix
 
+pytestmark = pytest.mark.timing
+
 MBIT_100 = 12.5e6
 TRIES = 5
 

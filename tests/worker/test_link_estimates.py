@@ -17,6 +17,8 @@ from dynacomm_async.schedule.planners import PLANNERS
 from dynacomm_async.server import ParameterServer
 from dynacomm_async.worker import Session
 
+pytestmark = pytest.mark.timing
+
 BYTES_PER_S = 5e6
 NS_PER_BYTE = 1e9 / BYTES_PER_S
 OVERHEAD_S = 0.005
