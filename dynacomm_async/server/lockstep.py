@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from time import monotonic_ns
 from typing import Any
 
-from dynacomm_async.failpoints import failpoint
 from dynacomm_async.ranges import Range
 from dynacomm_async.server.boundary import Boundary
 from dynacomm_async.server.modes import Mode
@@ -213,7 +212,6 @@ class Lockstep(Pace):
 
     def _apply(self, due: Due) -> bool:
         step, cells = self.step, due.cells
-        failpoint("server.before-apply")
         if not self._applied:
             self._keeping = self._keeps_boundary or (self._may_undo and self._is_behind_a_barrier())
         if self._keeping:
@@ -249,7 +247,7 @@ class Lockstep(Pace):
         if self._boundary is not None:
             self._boundary.pass_on()
         self._divide_anew()
-        failpoint("server.step-ended")
+        self._come_to_step_end()
         now_ns = monotonic_ns()
         self._tell_timing(now_ns)
         contributors = join_contributors(self._made_of)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from time import monotonic_ns
 from typing import Any
 
-from dynacomm_async.failpoints import failpoint
 from dynacomm_async.ranges import Range
 from dynacomm_async.server.clocks import StaleRounds
 from dynacomm_async.server.modes import Mode
@@ -160,7 +159,6 @@ class Loose(Pace):
     def _apply(self, due: Due) -> bool:
         slot, step, cells = due.slot, due.step, due.cells
         assert slot is not None
-        failpoint("server.before-apply")
         self._update(cells, step, (slot,))
         moved = self._rounds.apply(slot, step, cells)
         place = self._places.at(slot)
@@ -170,7 +168,7 @@ class Loose(Pace):
                 member.cells_ready(part, step + 1)
         if not moved:
             return False
-        failpoint("server.step-ended")
+        self._come_to_step_end()
         if member is not None:
             member.set_timing(0, 0, slot)
         return self._advance()

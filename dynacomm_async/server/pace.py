@@ -235,6 +235,7 @@ class Pace(ABC):
             while self._due:
                 due = self._next_due()
                 if isinstance(due, Due):
+                    failpoint("server.before-apply")
                     ended = self._apply(due)
                 else:
                     due()
@@ -289,6 +290,9 @@ class Pace(ABC):
         if self._watchers.on_applied is not None:
             self._watchers.on_applied(Applied(step, cells, slots))
         failpoint("server.after-apply")
+
+    def _come_to_step_end(self) -> None:
+        failpoint("server.step-ended")
 
     def _parameters_of(self, ranges: Iterable[Range]) -> Iterator[Range]:
         """Yield the ranges without cells of statistics."""

@@ -45,7 +45,10 @@ ESTABLISHED, FIN_WAIT, CLOSE_WAIT, LAST_ACK = 1, 4, 8, 9
 def sockets(pid, port):
     """The states of a system's connections with a port of the server's at either end."""
     found = []
-    for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]:
+    table = Path(f"/proc/{pid}/net/tcp")
+    if not table.exists():
+        return found  # the process has ended, and holds none
+    for line in table.read_text().splitlines()[1:]:
         _, local, remote, state, *_ = line.split()
         ports = {int(end.partition(":")[2], 16) for end in (local, remote)}
         if port in ports and int(state, 16) in (ESTABLISHED, FIN_WAIT, CLOSE_WAIT, LAST_ACK):
