@@ -20,7 +20,7 @@ from dynacomm_async.wire.messages import Report, Skip
 __all__ = ["Lockstep"]
 
 
-class Lockstep(Pace):
+class Lockstep(Pace[Rounds]):
     """See :class:`~dynacomm_async.server.rounds.Rounds` for what is complete when.
 
     Args:
@@ -149,16 +149,6 @@ class Lockstep(Pace):
         self._divide_anew()
 
     # -- gradients --
-
-    def counts(self, slot: int, step: int, ranges: Sequence[Range]) -> bool:
-        """Whether gradients are those of the step under way, and new."""
-        return self._rounds.check(slot, step, ranges)
-
-    def _have(self, slot: int, step: int) -> list[Range]:
-        return self._rounds.have(slot, step)
-
-    def _skips(self, slot: int) -> int:
-        return self._rounds.skips(slot)
 
     def _take_report(self, slot: int, step: int, report: Report) -> None:
         self._reports[slot] = report

@@ -19,7 +19,7 @@ from dynacomm_async.wire.messages import Report
 __all__ = ["Loose"]
 
 
-class Loose(Pace):
+class Loose(Pace[StaleRounds]):
     """See :class:`~dynacomm_async.server.clocks.StaleRounds` for what is applied when.
 
     A member gets cells of its step k + 1 when its own gradients of k for them have been applied,
@@ -129,16 +129,6 @@ class Loose(Pace):
             self._rounds.leave(slot)
 
     # -- gradients --
-
-    def counts(self, slot: int, step: int, ranges: Sequence[Range]) -> bool:
-        """Whether gradients are those of the step that the rank's clock says, and new."""
-        return self._rounds.check(slot, step, ranges)
-
-    def _have(self, slot: int, step: int) -> list[Range]:
-        return self._rounds.have(slot, step)
-
-    def _skips(self, slot: int) -> int:
-        return self._rounds.skips(slot)
 
     def _take_report(self, slot: int, step: int, report: Report) -> None:
         self._reports[step, slot] = report

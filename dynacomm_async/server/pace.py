@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic_ns
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -21,13 +21,17 @@ from dynacomm_async.errors import DynaCommError, RemoteProtocolError
 from dynacomm_async.failpoints import failpoint
 from dynacomm_async.ranges import Range
 from dynacomm_async.recording import Recorder, Updated
+from dynacomm_async.server.clocks import StaleRounds
 from dynacomm_async.server.places import Place, Places
 from dynacomm_async.server.results import Applied, StepRecord
+from dynacomm_async.server.rounds import Rounds
 from dynacomm_async.server.store import Store, is_sound
 from dynacomm_async.split import Split
 from dynacomm_async.wire.messages import End, Error, Gradients, Have, Report, Skip
 
 __all__ = ["Diverged", "Due", "Pace", "Watchers"]
+
+RoundsT = TypeVar("RoundsT", Rounds, StaleRounds)
 
 _TURN_CELLS = 64
 """Cells (1 MiB) that are updated before the event loop gets a turn."""
@@ -68,7 +72,7 @@ class Watchers:
     recorder: Recorder | None = None
 
 
-class Pace(ABC):
+class Pace(ABC, Generic[RoundsT]):
     """Applies contributions and lets the members have the results.
 
     Args:
@@ -82,6 +86,7 @@ class Pace(ABC):
     """
 
     copies = False
+    _rounds: RoundsT
 
     def __init__(self, store: Store, places: Places, steps: int, watchers: Watchers) -> None:
         self._store = store
@@ -144,10 +149,10 @@ class Pace(ABC):
         Raises:
             RemoteProtocolError: it comes back to a version that it cannot have been at.
         """
-        stands, skips = self.stands_at(slot), self._skips(slot)
+        stands, skips = self.stands_at(slot), self._rounds.skips(slot)
         skip = self._missed(slot, skips) if skips >= min(version, stands) else None
         if version in (stands, stands + 1):
-            return Have(stands, tuple(self._have(slot, stands))), skip
+            return Have(stands, tuple(self._rounds.have(slot, stands))), skip
         if skip is None or version > stands:
             raise RemoteProtocolError(
                 f"a member comes back to version {version}, expected {stands} or {stands + 1}"
@@ -160,18 +165,18 @@ class Pace(ABC):
 
     # -- gradients --
 
-    @abstractmethod
     def counts(self, slot: int, step: int, ranges: Sequence[Range]) -> bool:
         """Whether gradients that begin to arrive are not to be dropped.
 
         Raises:
             RemoteProtocolError: they cannot be.
         """
+        return self._rounds.check(slot, step, ranges)
 
     def arrived(self, slot: int, gradients: Gradients, now_ns: int) -> None:
         """A contribution, or a part of one, is in the store."""
         step, ranges = gradients.step, gradients.ranges
-        if step <= self._skips(slot):
+        if step <= self._rounds.skips(slot):
             return
         if gradients.report is not None:
             self._take_report(slot, step, gradients.report)
@@ -186,14 +191,6 @@ class Pace(ABC):
         self._refuse(slot, step)
         self._tell_skip(slot, Skip(step, "poison", text))
         self._watchers.on_poison(slot, text)
-
-    @abstractmethod
-    def _have(self, slot: int, step: int) -> list[Range]:
-        """Return the cells of a rank's gradients that need not be pushed (again)."""
-
-    @abstractmethod
-    def _skips(self, slot: int) -> int:
-        """Return the last step that this rank's member is to skip, or -1."""
 
     @abstractmethod
     def _take_report(self, slot: int, step: int, report: Report) -> None: ...

@@ -26,7 +26,7 @@ from dynacomm_async.server.lockstep import Lockstep
 from dynacomm_async.server.loose import Loose
 from dynacomm_async.server.member import Comeback, Member, Refusal
 from dynacomm_async.server.modes import Mode
-from dynacomm_async.server.pace import Diverged, Pace, Watchers
+from dynacomm_async.server.pace import Diverged, Watchers
 from dynacomm_async.server.places import Place, Places
 from dynacomm_async.server.results import Applied, RunResult, StepRecord
 from dynacomm_async.server.saving import Saving, check_settings, name_rule
@@ -115,7 +115,7 @@ class Run:
         self._has_initial = False
         self._model_is_brought = False  # by a worker, rather than given by the owner
         self._places = Places(options.workers, term=self.incarnation << 20)
-        self._pace: Pace | None = None
+        self._pace: Lockstep | Loose | None = None
         self._kernels: str | None = None
         self._training_began = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -332,7 +332,7 @@ class Run:
         place.begun = False  # nothing had come to it before
         self._pace.enter(place)
 
-    def _inherit(self, member: Member, pace: Pace) -> Place:
+    def _inherit(self, member: Member, pace: Lockstep | Loose) -> Place:
         """Give a newcomer the place that it was promised, if that can still be."""
         slot = member.slot
         assert slot is not None

@@ -283,12 +283,11 @@ class ParameterServer:
 def _complete_settings(settings: Mapping[str, Any], mode: Mode, workers: int) -> Mapping[str, Any]:
     """Make sure that the strategy holds in the mode; name one where the default would not."""
     strategy = settings.get("strategy")
-    if isinstance(strategy, str):
-        check_mode(mode, strategy, workers=workers)
-    elif not mode.may_cross:
-        settings = {**settings, "strategy": _BARRIER_STRATEGY}
-    if mode.quorum is not None and mode.quorum > workers:
-        raise ConfigError(f"a quorum of {mode.quorum} among {workers} workers cannot be reached")
+    if not isinstance(strategy, str):
+        strategy = _BARRIER_STRATEGY  # which holds in every mode
+        if not mode.may_cross:
+            settings = {**settings, "strategy": strategy}
+    check_mode(mode, strategy, workers=workers)
     return settings
 
 
