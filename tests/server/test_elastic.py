@@ -64,9 +64,8 @@ class Run:
         self.toy, self.log, self.made, self.records = toy, [], {}, []
         self.training = options["training"]
         self.splits = {}  # by slot and step
-        self.server = ParameterServer(
-            toy.layers, on_applied=self.log.append, on_step=self.records.append, **options
-        )
+        options = {"on_applied": self.log.append, "on_step": self.records.append} | options
+        self.server = ParameterServer(toy.layers, **options)
 
     def worker(self, at_step=lambda session, step: None, **options):
         """A worker in a thread; ``at_step`` may raise Leaving."""
@@ -376,15 +375,18 @@ async def test_stale_contributions_are_applied_once_each_and_the_bound_is_kept(
 ):
     if bound == 0 and strategy == "joint":
         strategy = "dynacomm"
-    run = Run(toy, workers=3, mode=Mode(staleness=bound), steps=20)
     far = threading.Event()
+
+    def applied(update):
+        run.log.append(update)
+        if update.step >= min(2 + bound, 13):
+            far.set()
 
     def look(session, step):
         if session.welcome.slot == 1 and step == 2:
             assert far.wait(20)  # until somebody is as far ahead as the bound allows
-        elif step == min(3 + bound, 19):
-            far.set()
 
+    run = Run(toy, workers=3, mode=Mode(staleness=bound), steps=20, on_applied=applied)
     async with run.server as server:
         workers = [run.worker(look, strategy=strategy) for _ in range(3)]
         result = await server.finished()
