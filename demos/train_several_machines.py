@@ -29,7 +29,7 @@ What to look for
     the workers' gradients in the order of their ranks, whoever was faster.
 
 What it leaves out
-    Machines that fail: for now a lost worker ends the run. And unlike processors: NumPy's matrix
+    Machines that fail: for that see ``demos/chaos.py``. And unlike processors: NumPy's matrix
     products differ in the last bit between processor types, and so does the hash.
 """
 

@@ -248,6 +248,7 @@ class _Team:
         for worker in self._workers:
             worker.tell(str(steps))
         reports = await self._hear_all(_STEP_LIMIT_S * steps)
+        self._tell(reports[0]["steps_s"], is_counted=is_counted)
         losses = zip(*(report["losses"] for report in reports), strict=True)
         self.found.losses += [statistics.fmean(step) for step in losses]
         await _quiet()
@@ -273,6 +274,12 @@ class _Team:
         found.explanation = reports[0]["explanation"]
         found.peak_worker_nbytes = max(worker.peak_nbytes() for worker in self._workers)
         found.peak_server_nbytes = self._server.peak_nbytes() if self._server else 0
+
+    def _tell(self, steps_s: Sequence[float], *, is_counted: bool) -> None:
+        """Say how long steps took, for who waits: a cell takes minutes."""
+        seconds = " ".join(f"{step_s:.2f}" for step_s in steps_s)
+        what = "counted, but for the first" if is_counted else "to settle"
+        print(f"{self.system.name}: steps of {seconds} s ({what})", file=sys.stderr, flush=True)
 
     async def _hear_all(self, limit_s: float) -> list[dict[str, Any]]:
         try:

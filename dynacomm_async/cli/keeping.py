@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 __all__ = ["add_fault_arguments", "fault_options", "mode_of", "open_checkpoints", "server_options"]
 
 
+_EVERY = 100
+"""Steps from one checkpoint to the next, where nobody says otherwise."""
+
+
 def add_fault_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what concerns workers that are lost, slow or sick, and checkpoints."""
     group = parser.add_argument_group("workers that are lost, slow or sick")
@@ -73,9 +77,8 @@ def add_fault_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--checkpoint-every",
         type=positive,
-        default=100,
         metavar="STEPS",
-        help="steps from one checkpoint to the next (default: %(default)s)",
+        help=f"steps from one checkpoint to the next (default: {_EVERY})",
     )
     group.add_argument(
         "--resume",
@@ -108,15 +111,21 @@ def open_checkpoints(args: argparse.Namespace) -> Checkpoints | None:
     """Open ``--checkpoint-dir``; None where there is none.
 
     Raises:
-        ConfigError: another server uses it, or ``--resume`` stands alone.
+        ConfigError: another server uses it, or options that need it stand alone.
         CheckpointError: it cannot be written to.
     """
     from dynacomm_async.errors import ConfigError
     from dynacomm_async.server import Checkpoints
 
     if args.checkpoint_dir is None:
-        if args.resume:
-            raise ConfigError("--resume without --checkpoint-dir: say where the checkpoints are")
+        for option, given in (
+            ("--resume", args.resume),
+            ("--checkpoint-every", args.checkpoint_every is not None),
+        ):
+            if given:
+                raise ConfigError(
+                    f"{option} without --checkpoint-dir: say where the checkpoints are"
+                )
         return None
     return Checkpoints(args.checkpoint_dir)
 
@@ -128,7 +137,7 @@ def server_options(args: argparse.Namespace) -> dict[str, Any]:
         "absence_s": args.absence,
         "mode": mode_of(args),
         "refusals": args.refusals,
-        "checkpoint_every": args.checkpoint_every,
+        "checkpoint_every": args.checkpoint_every or _EVERY,
     }
 
 
@@ -139,14 +148,12 @@ def fault_options(args: argparse.Namespace) -> list[str]:
         f"--absence={args.absence}",
         f"--max-gradient={args.max_gradient}",
         f"--refusals={args.refusals}",
-        f"--checkpoint-every={args.checkpoint_every}",
     ]
-    modes = {name: getattr(args, name) for name in ("on_leave", "quorum", "staleness")}
+    names = ("on_leave", "quorum", "staleness", "checkpoint_dir", "checkpoint_every")
+    given = {name: getattr(args, name) for name in names}
     options += [
-        f"--{name.replace('_', '-')}={value}" for name, value in modes.items() if value is not None
+        f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None
     ]
-    if args.checkpoint_dir is not None:
-        options.append(f"--checkpoint-dir={args.checkpoint_dir}")
     if args.resume:
         options.append("--resume")
     return options

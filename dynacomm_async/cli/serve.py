@@ -202,13 +202,14 @@ async def _serve(
 
 def _announce(args: argparse.Namespace, server: ParameterServer) -> None:
     if args.events:
-        emit("listening", address=str(server.address))
+        emit("listening", address=str(server.address), step=server.step)
         return
     memory = (server.memory_nbytes or 0) / 2**20
     reachable = _reachable(server.address)
+    going_on = f"going on from step {server.step}; " if server.step else ""
     say(
         f"run {server.run}: listening on {server.address}, holding {memory:.1f} MiB; "
-        f"waiting for {args.workers} x `dynacomm work --server {reachable}`"
+        f"{going_on}waiting for {args.workers} x `dynacomm work --server {reachable}`"
     )
 
 

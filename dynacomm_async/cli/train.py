@@ -14,7 +14,7 @@ from dynacomm_async.addresses import parse_address
 from dynacomm_async.cli.children import Children, Event
 from dynacomm_async.cli.keeping import add_fault_arguments, fault_options, mode_of
 from dynacomm_async.cli.links import Fleet, add_fleet_arguments, fleet_from, start_links
-from dynacomm_async.cli.output import Progress, check_writable, decimal, print_json
+from dynacomm_async.cli.output import Progress, check_writable, decimal, print_json, say
 from dynacomm_async.cli.serve import add_init_argument, add_output_arguments
 from dynacomm_async.cli.signals import run
 from dynacomm_async.cli.tracing import Parts, add_trace_argument, write_trace
@@ -114,6 +114,8 @@ async def _train(
 
     def on_server_event(event: Event) -> None:
         if event["event"] == "listening":
+            if event["step"]:
+                say(f"going on from step {event['step']}")
             address.set_result(event["address"])
         elif event["event"] == "step":
             progress.update(

@@ -236,6 +236,11 @@ class ParameterServer:
         return self._run.members
 
     @property
+    def step(self) -> int:
+        """The step that is being trained, the number of those that have ended; 0 at first."""
+        return self._run.step
+
+    @property
     def memory_nbytes(self) -> int | None:
         """Bytes held for parameters, states and contributions, or None before there is a model."""
         store = self._run.store

@@ -73,21 +73,31 @@ def test_a_run_that_ended_in_the_middle_of_an_epoch_goes_on_with_new_workers_bit
         where = ("--checkpoint-dir", tmp_path / "new", "--resume", "--listen", "127.0.0.1:0")
         server = start("serve", *quick, "--workers", 1, "--steps", steps, *where, "--json")
         lines = iter(server.read_error_line, "")
-        found = next(filter(None, (re.search(r"listening on (\S+),", line) for line in lines)))
-        address = found[1]
+        heard = next(line for line in lines if "listening on" in line)
+        address = re.search(r"listening on (\S+),", heard)[1]
         assert start("work", "--server", address).finish().code == 0
         outcome = server.finish()
         assert outcome.code == 0, outcome.err
-        return outcome.json
+        return heard, outcome.json
 
-    assert run_to(12)["steps"] == 12, "the directory was empty: a fresh start"
-    gone_on = run_to(20)
+    heard, begun = run_to(12)
+    assert begun["steps"] == 12, "the directory was empty: a fresh start"
+    assert "going on" not in heard
+    heard, gone_on = run_to(20)
+    assert "going on from step 12; waiting for" in heard
     assert gone_on["steps"] == 20
     undisturbed = sha_of_undisturbed(*quick, "--workers", "1", "--steps", "20")
     assert gone_on["parameters_sha256"] == undisturbed
 
 
-def test_resume_needs_to_know_where_the_checkpoints_are(run, quick):
-    outcome = run("serve", *quick, *LENGTHS, "--resume", "--listen", "127.0.0.1:0")
+def test_a_local_run_says_where_it_goes_on(run, quick, tmp_path):
+    options = ("train", *quick, "--checkpoint-dir", tmp_path / "local", "--resume")
+    assert "going on" not in run(*options, "--steps", 8).err
+    assert "going on from step 8\n" in run(*options, "--steps", 12).err
+
+
+@pytest.mark.parametrize("option", [("--resume",), ("--checkpoint-every", "5")])
+def test_an_option_of_checkpoints_needs_to_know_where_they_are(run, quick, option):
+    outcome = run("serve", *quick, *LENGTHS, *option, "--listen", "127.0.0.1:0")
     assert outcome.code == 1
-    assert "--resume without --checkpoint-dir" in outcome.complaint
+    assert f"{option[0]} without --checkpoint-dir" in outcome.complaint

@@ -172,8 +172,8 @@ def test_a_client_is_closed_at_once_while_the_server_cannot_be_reached_and_serve
         server.settimeout(5)
         with running(LinkSettings(), server) as link:
             with (
+                pytest.raises(ConnectionResetError),  # so soon, perhaps, that connecting fails
                 socket.create_connection(link.address, timeout=5) as client,
-                pytest.raises(ConnectionResetError),
             ):
                 client.recv(1)
             assert "link: cannot reach 127.0.0.1:" in caplog.text
