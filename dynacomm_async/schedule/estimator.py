@@ -38,8 +38,8 @@ _LEAST_NBYTES = 4096
 _STALE_SHARE = 8
 """A fit is repeated when the window has gained an eighth: less would hardly move it."""
 
-_STALE_NS = 100_000_000
-"""But a full window not before so much link time has been seen since: a fit takes a millisecond,
+_STALE_NS = 250_000_000
+"""But of a full window not before so much link time has been seen since: a fit takes a millisecond,
 and a plan of small messages would spend more on it than on sending them."""
 
 _SETTLED, _SETTLED_ERROR = 32, 0.05
@@ -203,7 +203,7 @@ class LinkEstimator:
 
     def _look_for_change(self, observation: Observation) -> None:
         # Judged by an older fit, but for when nobody has asked for one in a long time.
-        if self._n_fresh > self._n_window // 2:
+        if self._n_fresh > self._n_window // 2 and self._is_due:
             self._refit()
         sign = _read_sign(self._count, observation, self._fit) if self._fit.known else None
         if sign is not None:
@@ -232,11 +232,14 @@ class LinkEstimator:
         return Prior(fit.overhead_ns, max(fit.overhead_error_ns, least_ns))
 
     def _result(self) -> LinkFit:
-        n_window = self._n_window
-        is_stale = self._n_fresh and self._n_fresh * _STALE_SHARE >= n_window
-        if is_stale and (self._fresh_ns >= _STALE_NS or n_window < _MESSAGES):
+        is_stale = self._n_fresh and self._n_fresh * _STALE_SHARE >= self._n_window
+        if is_stale and self._is_due:
             self._refit()
         return self._fit
+
+    @property
+    def _is_due(self) -> bool:
+        return self._fresh_ns >= _STALE_NS or self._n_window < _MESSAGES
 
     @property
     def _n_window(self) -> int:

@@ -59,7 +59,7 @@ LEAST_AHEAD_NBYTES = 16 * 1024
 LEAST_NOTSENT_NBYTES, MOST_NOTSENT_NBYTES = 128 * 1024, 4 * 1024 * 1024
 """The same in bytes: at first and on slow links, and where several GB/s ask for fewer wake-ups."""
 
-GULP_NBYTES, _LEAST_GULP_NBYTES = 64 * 1024, 4 * 1024
+GULP_NBYTES, _LEAST_GULP_NBYTES = 256 * 1024, 4 * 1024
 """A payload under way is taken in gulps of this size; the last one is what is left of it.
 
 Each wake-up takes the interpreter from the thread that computes, and a slow link would cause one

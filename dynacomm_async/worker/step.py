@@ -14,6 +14,7 @@ Compute instructions are to be carried out one after the other, in the order giv
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -112,6 +113,7 @@ class StepMachine:
         statistics: Range | None = None,
     ) -> None:
         self._layers = layers
+        self._firsts = [cells.first for cells in layers]
         self._missing = [cells.count for cells in layers]  # cells that have not arrived
         self._granted = 0  # layers whose forward may be computed, from the front
         self._computed = [False] * len(layers)
@@ -153,12 +155,14 @@ class StepMachine:
 
     def _arrive(self, cells: Range) -> list[Instruction]:
         end = cells.first + cells.count
-        for layer, own in enumerate(self._layers):
+        layer = max(0, bisect_right(self._firsts, cells.first) - 1)
+        while layer < len(self._layers) and self._firsts[layer] < end:
+            own = self._layers[layer]
             overlap = min(end, own.first + own.count) - max(cells.first, own.first)
-            if overlap > 0:
-                self._missing[layer] -= overlap
-                if self._missing[layer] < 0:
-                    raise LocalProtocolError(f"cells of layer {layer} have arrived twice")
+            self._missing[layer] -= max(0, overlap)  # statistics lie behind the last layer
+            if self._missing[layer] < 0:
+                raise LocalProtocolError(f"cells of layer {layer} have arrived twice")
+            layer += 1
         instructions: list[Instruction] = []
         while not self.pulled and not self._missing[self._granted]:
             instructions.append(Compute(Phase.FORWARD, self._granted))

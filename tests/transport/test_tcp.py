@@ -497,7 +497,7 @@ async def test_a_payload_is_taken_in_gulps_and_what_is_left_of_it_is_always_wait
 ) -> None:
     channel = TcpChannel(Role.WORKER, new_recorder)
     limits = channel._socket = _Limits()
-    missing = (200_000, 170_000, 100_000, 40_000, 3_000, 1, 0)
+    missing = (800_000, 600_000, 300_000, 40_000, 3_000, 1, 0)
     channel._connection = _Payload(*missing)
     for _ in missing:
         channel.buffer_updated(1)

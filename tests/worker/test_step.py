@@ -65,6 +65,15 @@ def test_whatever_the_order_of_arrival_layers_are_computed_in_order_once_they_ar
         assert backward == (list(reversed(range(len(layers)))) if machine.pulled else [])
 
 
+def test_statistics_behind_the_last_layer_change_nothing_of_what_the_layers_lack():
+    machine = StepMachine(LAYERS, OrderedDispatcher(LAYERWISE, n_cells=6), Range(6, 2))
+    assert machine.handle(RangeArrived(Range(6, 2))) == []
+    assert not machine.pulled
+    instructions = machine.handle(RangeArrived(Range(0, 8)))
+    assert computes(instructions, Phase.FORWARD) == [0, 1, 2]
+    assert machine.pulled
+
+
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**9))
 def test_whatever_the_order_of_gradients_and_link_events_messages_leave_whole_and_in_plan_order(
