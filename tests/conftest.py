@@ -39,6 +39,7 @@ from dynacomm_async.ranges import Range
 from dynacomm_async.server.results import Applied, StepRecord
 from dynacomm_async.server.store import Training
 from dynacomm_async.transport import Address, new_event_loop
+from dynacomm_async.wire.codec import decode, encode
 from dynacomm_async.wire.frame import PREFIX_NBYTES, Prefix
 from dynacomm_async.wire.grid import Grid, LayerSpec
 from dynacomm_async.wire.messages import (
@@ -52,8 +53,6 @@ from dynacomm_async.wire.messages import (
     Report,
     Subscription,
     Welcome,
-    decode,
-    encode,
 )
 from dynacomm_async.worker.session import Session
 

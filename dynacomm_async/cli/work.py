@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from dynacomm_async.cli.links import slowdown
-from dynacomm_async.cli.output import Progress, emit, say, step_notes
+from dynacomm_async.cli.output import Progress, emit, say, step_notes, telling
 from dynacomm_async.cli.place import fill_work, own_place
 from dynacomm_async.cli.signals import interruptible
 from dynacomm_async.cli.tracing import add_own_trace_argument, recorded
@@ -63,7 +64,8 @@ def command(args: argparse.Namespace) -> int:
     """Work until the run has ended."""
     if args.server is None:
         fill_work(args, own_place())
-    with interruptible(), recorded(args.trace) as recorder:
+    news = nullcontext() if args.events else telling("dynacomm_async.worker.connection")
+    with interruptible(), news, recorded(args.trace) as recorder:
         join(args, recorder)
     return 0
 

@@ -21,14 +21,13 @@ from dynacomm_async.server.saving import Saving, name_rule
 from dynacomm_async.server.store import Training
 from dynacomm_async.transport import Address, Channel, TcpListener, listen, parse_address
 from dynacomm_async.transport.channel import Handler
+from dynacomm_async.wire.codec import decode, encode
 from dynacomm_async.wire.frame import PREFIX_NBYTES, Prefix
 from dynacomm_async.wire.grid import Grid, LayerSpec, as_layer_specs
 from dynacomm_async.wire.messages import (
     PROTOCOL_VERSION,
     Error,
     Welcome,
-    decode,
-    encode,
 )
 
 __all__ = ["ParameterServer", "RunResult", "StepRecord"]

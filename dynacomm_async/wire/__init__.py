@@ -6,6 +6,7 @@ reads no clock: a channel hands it bytes and the time at which they came.
 
 from __future__ import annotations
 
+from dynacomm_async.wire.codec import MAX_ITEMS, decode, encode
 from dynacomm_async.wire.connection import Connection
 from dynacomm_async.wire.decoder import Admit, Arrival, Decoder, Place, Received
 from dynacomm_async.wire.frame import (
@@ -26,7 +27,6 @@ from dynacomm_async.wire.grid import (
     as_layer_specs,
 )
 from dynacomm_async.wire.messages import (
-    MAX_ITEMS,
     PROTOCOL_VERSION,
     DownPolicy,
     End,
@@ -48,8 +48,6 @@ from dynacomm_async.wire.messages import (
     Subscription,
     Timing,
     Welcome,
-    decode,
-    encode,
 )
 from dynacomm_async.wire.states import Role, SessionStates, State
 

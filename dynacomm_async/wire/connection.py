@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dynacomm_async.errors import LocalProtocolError, PeerError
+from dynacomm_async.wire.codec import encode
 from dynacomm_async.wire.decoder import Decoder, Place, Received
 from dynacomm_async.wire.frame import BACK_TO_BACK, MAX_HEADER_NBYTES, PREFIX_NBYTES, Prefix
-from dynacomm_async.wire.messages import Error, Message, encode
+from dynacomm_async.wire.messages import Error, Message
 from dynacomm_async.wire.states import Role, SessionStates, State
 
 __all__ = ["Connection"]

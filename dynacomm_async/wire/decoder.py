@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from dynacomm_async.errors import RemoteProtocolError
+from dynacomm_async.wire.codec import decode
 from dynacomm_async.wire.frame import BACK_TO_BACK, PREFIX_NBYTES, Prefix
-from dynacomm_async.wire.messages import Message, decode
+from dynacomm_async.wire.messages import Message
 
 __all__ = ["Admit", "Arrival", "Decoder", "Place", "Received"]
 

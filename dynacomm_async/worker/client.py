@@ -69,6 +69,7 @@ from dynacomm_async.worker.step import (
 __all__ = ["Arenas", "Client", "Reach"]
 
 _log = logging.getLogger("dynacomm_async.worker")
+_connection_log = logging.getLogger("dynacomm_async.worker.connection")
 
 Floats = NDArray[np.float32]
 
@@ -240,6 +241,7 @@ class Client:
         if self._reach is None or not _may_return(error):
             self._board.end(error)
             return
+        _connection_log.warning("rank %d: %s; trying to return", self._welcome.slot, error)
         self._returning = asyncio.create_task(self._return(self._reach), name="return")
 
     # -- from the computing thread, through call_soon_threadsafe --
@@ -283,6 +285,7 @@ class Client:
                 line, welcome = await reach(self._say_hello)
             failpoint("worker.before-resume")
             self._take_up(line, welcome)
+            _connection_log.info("rank %d: back at %s", welcome.slot, line.channel.peer)
         except (DynaCommError, TimeoutError) as error:
             self._board.end(
                 error if isinstance(error, DynaCommError) else ChannelBroken(str(error))

@@ -58,7 +58,9 @@ def test_the_first_signal_drains_and_the_run_goes_on_bit_for_bit(serve, start, u
     assert 0 <= stopped["steps"] < 300
     again = serve("--resume", listen=server.address)
     for worker in workers:
-        assert worker.finish().code == 0
+        outcome = worker.finish()
+        assert outcome.code == 0
+        assert re.search(r"rank \d: .*; trying to return\n(.*\n)*rank \d: back at ", outcome.err)
     outcome = again.finish()
     assert outcome.code == 0, outcome.err
     assert json.loads(outcome.out)["parameters_sha256"] == undisturbed

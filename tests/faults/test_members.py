@@ -18,6 +18,7 @@ from dynacomm_async.optim import SGD, Constant
 from dynacomm_async.ranges import Range
 from dynacomm_async.server.server import ParameterServer
 from dynacomm_async.server.store import Training
+from dynacomm_async.wire.codec import encode
 from dynacomm_async.wire.grid import Grid, LayerSpec
 from dynacomm_async.wire.messages import (
     PROTOCOL_VERSION,
@@ -33,7 +34,6 @@ from dynacomm_async.wire.messages import (
     Resume,
     Subscription,
     Welcome,
-    encode,
 )
 from dynacomm_async.worker.session import Session
 

@@ -12,6 +12,7 @@ from dynacomm_async.errors import PeerError
 from dynacomm_async.optim import SGD, Constant
 from dynacomm_async.ranges import Range
 from dynacomm_async.server import ParameterServer, Store, Training
+from dynacomm_async.wire.codec import encode
 from dynacomm_async.wire.grid import LayerSpec
 from dynacomm_async.wire.messages import (
     Error,
@@ -22,7 +23,6 @@ from dynacomm_async.wire.messages import (
     Join,
     Report,
     Subscription,
-    encode,
 )
 
 LAYERS = (LayerSpec("front", 5000, statistics=7), LayerSpec("wide", 256 * 4096))

@@ -18,6 +18,7 @@ from dynacomm_async.ranges import Range
 from dynacomm_async.server.member import Member
 from dynacomm_async.server.server import ParameterServer
 from dynacomm_async.server.store import LayerOptions, Training
+from dynacomm_async.wire.codec import encode
 from dynacomm_async.wire.frame import MAGIC, MessageKind, Prefix
 from dynacomm_async.wire.grid import Grid, LayerSpec
 from dynacomm_async.wire.messages import (
@@ -31,7 +32,6 @@ from dynacomm_async.wire.messages import (
     Leave,
     Subscription,
     Welcome,
-    encode,
 )
 
 TRAINING = Training(SGD(0.9), Constant(0.05), weight_decay=0.01)
