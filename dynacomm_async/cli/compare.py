@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any, TextIO
 
 from dynacomm_async.addresses import parse_address
@@ -44,6 +45,9 @@ from dynacomm_async.schedule import (
 __all__ = ["Comparison", "add_arguments", "command", "compare", "print_comparison"]
 
 EXAMPLE = "dynacomm compare --model vgg_small --data synthetic --bandwidth 200mbit --delay 5ms"
+
+_DISTURBED = 1.3
+"""A measured step over the predicted one, at the median of the strategies, that is no accident."""
 
 
 @dataclass(slots=True)
@@ -316,11 +320,24 @@ def print_comparison(found: Comparison) -> None:
     )
     if costs.others:
         _print_waits(found)
+    _print_disturbance(found)
     hashes = {entry["parameters_sha256"] for entry in found.strategies.values()}
     if len(hashes) == 1:
         print(f"parameters: bit-identical under every strategy, sha256 {hashes.pop()[:16]}")
     else:
         print("parameters: NOT the same under every strategy; please report this as a bug")
+
+
+def _print_disturbance(found: Comparison) -> None:
+    """Say so where something that is no strategy's doing has made the steps long."""
+    entries = [entry for entry in found.strategies.values() if entry["predicted_s"]]
+    ratio = median(entry["step_s"] / entry["predicted_s"] for entry in entries) if entries else 1.0
+    if ratio > _DISTURBED:
+        print(
+            f"steps took {ratio:.1f} times as long as predicted: more wants to run than there are "
+            "processors;\non an idle machine, or with fewer --workers, strategies tell themselves "
+            "apart better"
+        )
 
 
 def _print_waits(found: Comparison) -> None:

@@ -131,9 +131,13 @@ class ParameterServer:
             raise ConfigError("initial parameters without a layer table: pass layers too")
         if initial is None and initial_statistics is not None:
             raise ConfigError("initial statistics without initial parameters: pass both")
-        if not 0 < heartbeat_s < _LONGEST_S or not 0 <= absence_s < _LONGEST_S:
+        if not 0 < heartbeat_s < _LONGEST_S:
             raise ConfigError(
-                f"heartbeat_s is {heartbeat_s}, absence_s {absence_s}, expected seconds"
+                f"a heartbeat of {heartbeat_s:g} s, expected over 0, below {_LONGEST_S:g}"
+            )
+        if not 0 <= absence_s < _LONGEST_S:
+            raise ConfigError(
+                f"an absence of {absence_s:g} s, expected 0 or more, below {_LONGEST_S:g}"
             )
         if recorder is not None:
             recorder.begin("server")

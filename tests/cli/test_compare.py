@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from dynacomm_async.cli.compare import parse_strategies
+from dynacomm_async.cli.compare import Comparison, parse_strategies, print_comparison
 from dynacomm_async.errors import ConfigError
 from dynacomm_async.schedule import CROSSING, PLANNERS, Costs
 
@@ -72,6 +72,18 @@ def test_plan_promises_from_the_saved_costs_what_compare_reported(call, compared
         entry = found["strategies"][plan["strategy"]]
         assert plan["step_s"] == entry["predicted_s"]
         assert plan["lower_bound_s"] == entry["lower_bound_s"]
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_a_machine_that_is_busy_with_something_else_is_told_of(compared, capsys, factor):
+    found, _ = compared
+    strategies = {
+        name: {**entry, "step_s": factor * entry["predicted_s"]}
+        for name, entry in found["strategies"].items()
+    }
+    print_comparison(Comparison(costs=found["costs"], strategies=strategies))
+    told = "steps took 2.0 times as long as predicted" in capsys.readouterr().out
+    assert told == (factor == 2.0)
 
 
 def test_a_comparison_of_few_strategies_prints_a_table(run, quick):

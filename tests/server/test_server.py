@@ -270,6 +270,8 @@ async def test_neither_side_having_layers_is_one_clear_error(toy):
     [
         ({"workers": 0}, "0 workers, expected at least 1"),
         ({"steps": 0}, "0 steps, expected at least 1"),
+        ({"heartbeat_s": 0.0}, "a heartbeat of 0 s, expected over 0"),
+        ({"absence_s": -1.0}, "an absence of -1 s, expected 0 or more"),
         ({"layers": None}, "without a layer table"),
         ({"initial": np.zeros(3, np.float32)}, r"float32 of shape \(3,\), expected"),
         ({"layers": []}, "no layers with parameters"),
