@@ -164,6 +164,11 @@ def explain(setting: Setting, nbytes: int, compute_s: float, ratios: Mapping[str
             "either hides most of its communication; what is left is processor time and the end "
             "of a step, and nothing limits a worker's link"
         )
+    if n == 2:
+        return (
+            "DDP wins: with 2 workers a ring carries as much over a worker's link as a parameter "
+            "server does, so neither can be much faster; here the ring comes nearer to its limit"
+        )
     return (
         f"DDP wins though a worker's link carries 1 x {nbytes / 1e6:.1f} MB each way for us and "
         f"{ring:.3g} x for a ring: what limits us here is not the link (see --explain)"
