@@ -167,7 +167,7 @@ def explain(setting: Setting, nbytes: int, compute_s: float, ratios: Mapping[str
     if n == 2:
         return (
             "DDP wins: with 2 workers a ring carries as much over a worker's link as a parameter "
-            "server does, so neither can be much faster; here the ring comes nearer to its limit"
+            "server does, so neither can be much faster than the other (see --explain for ours)"
         )
     return (
         f"DDP wins though a worker's link carries 1 x {nbytes / 1e6:.1f} MB each way for us and "

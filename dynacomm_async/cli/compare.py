@@ -64,6 +64,7 @@ class Comparison:
         joined: everything that was recorded, if that was asked for.
         explained_costs: the first worker process's link and layers, as text.
         explained: by name, its plan and where the time of its steps went, as text.
+        guessed: whether the link could not be measured, and the costs are guesses.
     """
 
     costs: dict[str, Any] = field(default_factory=dict)
@@ -74,6 +75,7 @@ class Comparison:
     joined: Joined | None = None
     explained_costs: str = ""
     explained: dict[str, str] = field(default_factory=dict)
+    guessed: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return the command's JSON output."""
@@ -226,7 +228,8 @@ async def _compare(
         if others:
             found.costs["others"] = others
         found.explained_costs = tables[0]["explanation"]
-        if not all(event["known"] for event in tables.values()):
+        found.guessed = not all(event["known"] for event in tables.values())
+        if found.guessed:
             say("the link is too fast or too uneven to be measured: its costs are guesses")
         if costs_file is not None:
             costs_file.write_text(to_json(found.costs, indent=1) + "\n")
@@ -331,12 +334,13 @@ def print_comparison(found: Comparison) -> None:
 def _print_disturbance(found: Comparison) -> None:
     """Say so where something that is no strategy's doing has made the steps long."""
     entries = [entry for entry in found.strategies.values() if entry["predicted_s"]]
-    ratio = median(entry["step_s"] / entry["predicted_s"] for entry in entries) if entries else 1.0
+    if found.guessed or not entries:
+        return
+    ratio = median(entry["step_s"] / entry["predicted_s"] for entry in entries)
     if ratio > _DISTURBED:
         print(
-            f"steps took {ratio:.1f} times as long as predicted: more wants to run than there are "
-            "processors;\non an idle machine, or with fewer --workers, strategies tell themselves "
-            "apart better"
+            f"steps took {ratio:.1f} times as long as predicted; if more wants to run here than "
+            "there are processors,\nan idle machine or fewer --workers tell strategies apart better"
         )
 
 

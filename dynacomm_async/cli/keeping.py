@@ -12,11 +12,14 @@ from dynacomm_async.cli.workload import number, positive
 if TYPE_CHECKING:
     from dynacomm_async.server import Checkpoints, Mode
 
-__all__ = ["add_fault_arguments", "fault_options", "mode_of", "open_checkpoints", "server_options"]
-
-
-_EVERY = 100
-"""Steps from one checkpoint to the next, where nobody says otherwise."""
+__all__ = [
+    "add_fault_arguments",
+    "check_keeping",
+    "fault_options",
+    "mode_of",
+    "open_checkpoints",
+    "server_options",
+]
 
 
 def add_fault_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +81,7 @@ def add_fault_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint-every",
         type=positive,
         metavar="STEPS",
-        help=f"steps from one checkpoint to the next (default: {_EVERY})",
+        help="steps from one checkpoint to the next (default: 100)",
     )
     group.add_argument(
         "--resume",
@@ -107,6 +110,20 @@ def mode_of(args: argparse.Namespace) -> Mode:
     return Mode(on_leave=args.on_leave, quorum=args.quorum, staleness=args.staleness)
 
 
+def check_keeping(args: argparse.Namespace) -> None:
+    """Make sure that options of checkpoints do not stand alone.
+
+    Raises:
+        ConfigError: one does.
+    """
+    from dynacomm_async.errors import ConfigError
+
+    options = {"--resume": args.resume, "--checkpoint-every": args.checkpoint_every is not None}
+    for option, is_given in options.items():
+        if is_given and args.checkpoint_dir is None:
+            raise ConfigError(f"{option} without --checkpoint-dir: say where the checkpoints are")
+
+
 def open_checkpoints(args: argparse.Namespace) -> Checkpoints | None:
     """Open ``--checkpoint-dir``; None where there is none.
 
@@ -114,31 +131,23 @@ def open_checkpoints(args: argparse.Namespace) -> Checkpoints | None:
         ConfigError: another server uses it, or options that need it stand alone.
         CheckpointError: it cannot be written to.
     """
-    from dynacomm_async.errors import ConfigError
     from dynacomm_async.server import Checkpoints
 
-    if args.checkpoint_dir is None:
-        for option, given in (
-            ("--resume", args.resume),
-            ("--checkpoint-every", args.checkpoint_every is not None),
-        ):
-            if given:
-                raise ConfigError(
-                    f"{option} without --checkpoint-dir: say where the checkpoints are"
-                )
-        return None
-    return Checkpoints(args.checkpoint_dir)
+    check_keeping(args)
+    return None if args.checkpoint_dir is None else Checkpoints(args.checkpoint_dir)
 
 
 def server_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return what a :class:`~dynacomm_async.ParameterServer` is to be told of them."""
-    return {
+    options = {
         "heartbeat_s": args.heartbeat,
         "absence_s": args.absence,
         "mode": mode_of(args),
         "refusals": args.refusals,
-        "checkpoint_every": args.checkpoint_every or _EVERY,
     }
+    if args.checkpoint_every is not None:
+        options["checkpoint_every"] = args.checkpoint_every
+    return options
 
 
 def fault_options(args: argparse.Namespace) -> list[str]:

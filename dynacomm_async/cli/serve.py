@@ -206,7 +206,7 @@ def _announce(args: argparse.Namespace, server: ParameterServer) -> None:
         return
     memory = (server.memory_nbytes or 0) / 2**20
     reachable = _reachable(server.address)
-    going_on = f"going on from step {server.step}; " if server.step else ""
+    going_on = f"going on from step {server.step} of {server.steps}; " if server.step else ""
     say(
         f"run {server.run}: listening on {server.address}, holding {memory:.1f} MiB; "
         f"{going_on}waiting for {args.workers} x `dynacomm work --server {reachable}`"

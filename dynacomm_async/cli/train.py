@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from dynacomm_async.addresses import parse_address
 from dynacomm_async.cli.children import Children, Event
-from dynacomm_async.cli.keeping import add_fault_arguments, fault_options, mode_of
+from dynacomm_async.cli.keeping import add_fault_arguments, check_keeping, fault_options, mode_of
 from dynacomm_async.cli.links import Fleet, add_fleet_arguments, fleet_from, start_links
 from dynacomm_async.cli.output import Progress, check_writable, decimal, print_json, say
 from dynacomm_async.cli.serve import add_init_argument, add_output_arguments
@@ -96,6 +96,7 @@ def train_locally(
     _, steps = check_run(args, strategy)  # fail here, with one line, rather than in a child
     if hasattr(args, "on_leave"):
         check_mode(mode_of(args), strategy, workers=args.workers)
+        check_keeping(args)
     return run(_train(args, strategy, steps, fleet, explained))
 
 

@@ -202,7 +202,7 @@ class LinkEstimator:
                 self._start_over(self._change)
 
     def _look_for_change(self, observation: Observation) -> None:
-        # Judged by an older fit, but for when nobody has asked for one in a long time.
+        # Judged by an older fit, but for when nobody has asked for one since half the window.
         if self._n_fresh > self._n_window // 2 and self._is_due:
             self._refit()
         sign = _read_sign(self._count, observation, self._fit) if self._fit.known else None
@@ -239,6 +239,7 @@ class LinkEstimator:
 
     @property
     def _is_due(self) -> bool:
+        """Whether there is time for a fit, or the window is not full."""
         return self._fresh_ns >= _STALE_NS or self._n_window < _MESSAGES
 
     @property

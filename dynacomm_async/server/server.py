@@ -240,7 +240,7 @@ class ParameterServer:
 
     @property
     def step(self) -> int:
-        """The step that is being trained, the number of those that have ended; 0 at first."""
+        """How many steps everybody has finished: where training stands, or a resumed run begins."""
         return self._run.step
 
     @property

@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import sys
 import time
 from array import array
 from collections.abc import Callable, Sequence
@@ -63,8 +64,10 @@ GULP_NBYTES, _LEAST_GULP_NBYTES = 256 * 1024, 4 * 1024
 """A payload under way is taken in gulps of this size; the last one is what is left of it.
 
 Each wake-up takes the interpreter from the thread that computes, and a slow link would cause one
-for every few packets.
+for every few packets. Only Linux is known to wake up whoever waits for more than its buffers hold.
 """
+
+_MAY_GULP = sys.platform == "linux"
 
 _TIMED_NBYTES = 256 * 1024
 """Payloads from this size on tell how fast the link is."""
@@ -145,7 +148,7 @@ class TcpChannel(asyncio.BufferedProtocol):
             self._fail(error)
             return
         missing = connection.missing_nbytes
-        wanted = min(missing, GULP_NBYTES) if missing >= _LEAST_GULP_NBYTES else 1
+        wanted = min(missing, GULP_NBYTES) if _MAY_GULP and missing >= _LEAST_GULP_NBYTES else 1
         if wanted != self._gulp_nbytes:
             self._gulp(wanted)
 
@@ -153,8 +156,7 @@ class TcpChannel(asyncio.BufferedProtocol):
         """Be woken when so many bytes are there, not for each piece of a slow link."""
         self._gulp_nbytes = nbytes
         if self._socket.fileno() >= 0:
-            with contextlib.suppress(OSError):  # a system that cannot wakes us more often
-                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, nbytes)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, nbytes)
 
     def eof_received(self) -> None:
         """The other side sends no more; the transport closes itself."""

@@ -285,7 +285,7 @@ class Client:
                 line, welcome = await reach(self._say_hello)
             failpoint("worker.before-resume")
             self._take_up(line, welcome)
-            _connection_log.info("rank %d: back at %s", welcome.slot, line.channel.peer)
+            _connection_log.warning("rank %d: back at %s", welcome.slot, line.channel.peer)
         except (DynaCommError, TimeoutError) as error:
             self._board.end(
                 error if isinstance(error, DynaCommError) else ChannelBroken(str(error))

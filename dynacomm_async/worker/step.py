@@ -155,7 +155,7 @@ class StepMachine:
 
     def _arrive(self, cells: Range) -> list[Instruction]:
         end = cells.first + cells.count
-        layer = max(0, bisect_right(self._firsts, cells.first) - 1)
+        layer = bisect_right(self._firsts, cells.first) - 1  # the first layer begins at cell 0
         while layer < len(self._layers) and self._firsts[layer] < end:
             own = self._layers[layer]
             overlap = min(end, own.first + own.count) - max(cells.first, own.first)

@@ -74,16 +74,16 @@ def test_plan_promises_from_the_saved_costs_what_compare_reported(call, compared
         assert plan["lower_bound_s"] == entry["lower_bound_s"]
 
 
-@pytest.mark.parametrize("factor", [1.0, 2.0])
-def test_a_machine_that_is_busy_with_something_else_is_told_of(compared, capsys, factor):
+@pytest.mark.parametrize(("factor", "guessed"), [(1.0, False), (2.0, False), (2.0, True)])
+def test_steps_far_longer_than_predicted_are_told_of(compared, capsys, factor, guessed):
     found, _ = compared
     strategies = {
         name: {**entry, "step_s": factor * entry["predicted_s"]}
         for name, entry in found["strategies"].items()
     }
-    print_comparison(Comparison(costs=found["costs"], strategies=strategies))
+    print_comparison(Comparison(costs=found["costs"], strategies=strategies, guessed=guessed))
     told = "steps took 2.0 times as long as predicted" in capsys.readouterr().out
-    assert told == (factor == 2.0)
+    assert told == (factor == 2.0 and not guessed)
 
 
 def test_a_comparison_of_few_strategies_prints_a_table(run, quick):

@@ -86,7 +86,7 @@ def test_a_run_that_ended_in_the_middle_of_an_epoch_goes_on_with_new_workers_bit
     assert begun["steps"] == 12, "the directory was empty: a fresh start"
     assert "going on" not in heard
     heard, gone_on = run_to(20)
-    assert "going on from step 12; waiting for" in heard
+    assert "going on from step 12 of 20; waiting for" in heard
     assert gone_on["steps"] == 20
     undisturbed = sha_of_undisturbed(*quick, "--workers", "1", "--steps", "20")
     assert gone_on["parameters_sha256"] == undisturbed
@@ -98,8 +98,10 @@ def test_a_local_run_says_where_it_goes_on(run, quick, tmp_path):
     assert "going on from step 8\n" in run(*options, "--steps", 12).err
 
 
+@pytest.mark.parametrize("command", ["serve", "train"])
 @pytest.mark.parametrize("option", [("--resume",), ("--checkpoint-every", "5")])
-def test_an_option_of_checkpoints_needs_to_know_where_they_are(run, quick, option):
-    outcome = run("serve", *quick, *LENGTHS, *option, "--listen", "127.0.0.1:0")
+def test_an_option_of_checkpoints_needs_to_know_where_they_are(call, quick, command, option):
+    outcome = call(command, *quick, *LENGTHS, *option)
     assert outcome.code == 1
-    assert f"{option[0]} without --checkpoint-dir" in outcome.complaint
+    words = f"dynacomm {command}: error: {option[0]} without --checkpoint-dir"
+    assert outcome.complaint.startswith(words)

@@ -6,7 +6,15 @@ from typing import Any
 import pytest
 
 from dynacomm_async.errors import PlanError
-from dynacomm_async.schedule import Costs, Estimator, LayerCosts, LayerTimes, LinkEstimator
+from dynacomm_async.schedule import (
+    Costs,
+    Estimator,
+    LayerCosts,
+    LayerTimes,
+    LinkEstimator,
+    estimator as estimator_module,
+)
+from dynacomm_async.schedule.linkfit import fit_link
 
 
 def test_layer_times_are_medians_of_each_layer() -> None:
@@ -52,6 +60,34 @@ def test_times_that_do_not_fit_the_model_are_refused(
     with pytest.raises(PlanError, match="expected 2"):
         times.observe(forward, backward)
     assert not times.known
+
+
+def test_a_fast_link_is_not_fitted_more_often_than_time_allows_and_a_jump_is_found_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """64 KiB in half a millisecond: the window spans an eighth of the time between two fits."""
+    fits = []
+
+    def fit(*arguments: Any, **options: Any) -> Any:
+        fits.append(arguments)
+        return fit_link(*arguments, **options)
+
+    monkeypatch.setattr(estimator_module, "fit_link", fit)
+    numbers, link = random.Random(1), LinkEstimator()
+
+    def observe(n: int, ns_per_byte: float) -> None:
+        for _ in range(n):
+            nbytes = numbers.randrange(40_000, 90_000)
+            link.observe(nbytes, round(nbytes * ns_per_byte * numbers.gauss(1, 0.01)), 0)
+            link.ns_per_byte  # noqa: B018 -- as if somebody asked after every message
+
+    observe(64, 8.0)
+    n_first = len(fits)
+    observe(2000, 8.0)  # about a second
+    assert 1 <= len(fits) - n_first <= 5
+    observe(7, 16.0)
+    assert link.changes == 1
+    assert link.ns_per_byte == pytest.approx(16.0, rel=0.05)
 
 
 def draw_nbytes(numbers: random.Random) -> int:

@@ -68,8 +68,8 @@ _ROUNDING_PER_MILLE = 1020
 where sizes differ, a cell waits at the server for the worker whose message ends later."""
 
 _MOST_MESSAGES = 128
-"""In one direction. Finer ones gain less than a percent, and each takes processor time at both
-ends, which the model does not know where the link hides it."""
+"""In one direction. Finer ones gain less than a percent by the model, which does not count the
+processor time that each message takes at both ends."""
 
 _MOST_WORK = 8_000
 """Messages that are simulated before the search ends; that many take a tenth of a second."""

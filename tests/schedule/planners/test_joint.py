@@ -17,7 +17,7 @@ from dynacomm_async.schedule import (
     lower_bound_ns,
     make_plan,
 )
-from dynacomm_async.schedule.planners import plan_joint
+from dynacomm_async.schedule.planners import joint, plan_joint
 from dynacomm_async.schedule.whatif import with_speed
 from dynacomm_async.testing import search_crossing
 
@@ -136,6 +136,30 @@ def test_one_layer_gains_by_being_cut() -> None:
     assert isinstance(plan, PolicyPlan)
     assert evaluate(plan, costs).step_ns <= 1.01 * lower_bound_ns(costs).step_ns
     assert evaluate(make_plan("dynacomm", costs), costs).step_ns > 2 * 10**8
+
+
+def test_a_network_is_cut_into_128_messages_at_most_and_finer_ones_would_gain_under_a_percent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def cut(costs: Costs) -> tuple[int, int]:
+        """Return the step, and of how many messages of full size one direction is at most."""
+        plan = plan_joint(costs)
+        assert isinstance(plan, PolicyPlan)
+        nbytes = sum(layer.nbytes for layer in costs.layers)
+        caps = (plan.push.cap_nbytes or nbytes, plan.pull.cap_nbytes or nbytes)
+        return evaluate(plan, costs).step_ns, nbytes // min(caps)
+
+    n_finer = 0
+    for seed in range(6):
+        costs = replace(make_network(seed, n_layers=12), overhead_up_ns=10, overhead_down_ns=10)
+        step_ns, n_messages = cut(costs)
+        with monkeypatch.context() as patch:
+            patch.setattr(joint, "_MOST_MESSAGES", 256)
+            finer_ns, n = cut(costs)
+        assert n_messages <= 128
+        assert step_ns <= 1.01 * finer_ns
+        n_finer += n > 128
+    assert n_finer
 
 
 def test_equal_tables_give_equal_plans_on_every_machine() -> None:
