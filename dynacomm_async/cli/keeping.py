@@ -17,6 +17,7 @@ __all__ = [
     "check_keeping",
     "fault_options",
     "mode_of",
+    "newest_step",
     "open_checkpoints",
     "server_options",
 ]
@@ -135,6 +136,21 @@ def open_checkpoints(args: argparse.Namespace) -> Checkpoints | None:
 
     check_keeping(args)
     return None if args.checkpoint_dir is None else Checkpoints(args.checkpoint_dir)
+
+
+def newest_step(args: argparse.Namespace) -> int | None:
+    """Return the step of the newest checkpoint in ``--checkpoint-dir``; None where there is none.
+
+    Raises:
+        DynaCommError: another server uses the directory, or it cannot be read.
+    """
+    from dynacomm_async.server import Checkpoints
+
+    if args.checkpoint_dir is None or not args.checkpoint_dir.is_dir():
+        return None
+    with Checkpoints(args.checkpoint_dir) as checkpoints:
+        found = checkpoints.list()
+    return found[-1].step if found else None
 
 
 def server_options(args: argparse.Namespace) -> dict[str, Any]:

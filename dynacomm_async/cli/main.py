@@ -31,8 +31,8 @@ _COMMANDS = {
 
 
 _CODES = (
-    "exit codes: 0 success, 1 a failure that standard error explains in a line, 2 a command line\n"
-    "that cannot be understood, 130 after Ctrl-C, 143 after SIGTERM"
+    "exit codes: 0 success, 1 a failure that standard error explains in a line, 2 options that\n"
+    "do not exist or are no numbers where they have to be, 130 after Ctrl-C, 143 after SIGTERM"
 )
 
 

@@ -206,11 +206,15 @@ def _announce(args: argparse.Namespace, server: ParameterServer) -> None:
         return
     memory = (server.memory_nbytes or 0) / 2**20
     reachable = _reachable(server.address)
-    going_on = f"going on from step {server.step} of {server.steps}; " if server.step else ""
-    say(
-        f"run {server.run}: listening on {server.address}, holding {memory:.1f} MiB; "
-        f"{going_on}waiting for {args.workers} x `dynacomm work --server {reachable}`"
-    )
+    if server.step >= server.steps:
+        what = (
+            f"all {server.steps} steps are done; workers that do not know may ask for "
+            f"{args.absence:g} s (--absence)"
+        )
+    else:
+        going_on = f"going on from step {server.step} of {server.steps}; " if server.step else ""
+        what = f"{going_on}waiting for {args.workers} x `dynacomm work --server {reachable}`"
+    say(f"run {server.run}: listening on {server.address}, holding {memory:.1f} MiB; {what}")
 
 
 def _print_drained(args: argparse.Namespace, step: int) -> None:

@@ -12,7 +12,13 @@ from typing import Any, TextIO
 
 from dynacomm_async.addresses import parse_address
 from dynacomm_async.cli.children import Children, Event
-from dynacomm_async.cli.keeping import add_fault_arguments, check_keeping, fault_options, mode_of
+from dynacomm_async.cli.keeping import (
+    add_fault_arguments,
+    check_keeping,
+    fault_options,
+    mode_of,
+    newest_step,
+)
 from dynacomm_async.cli.links import Fleet, add_fleet_arguments, fleet_from, start_links
 from dynacomm_async.cli.output import Progress, check_writable, decimal, print_json, say
 from dynacomm_async.cli.serve import add_init_argument, add_output_arguments
@@ -23,6 +29,7 @@ from dynacomm_async.cli.workload import (
     add_strategy_argument,
     check_run,
 )
+from dynacomm_async.errors import DynaCommError
 from dynacomm_async.link.process import LinkProcess
 from dynacomm_async.server import check_mode
 
@@ -54,7 +61,11 @@ def command(args: argparse.Namespace) -> int:
     if args.trace is not None:
         check_writable(args.trace)
     explained: dict[int, Event] | None = {} if args.explain else None
-    result = train_locally(args, args.strategy, fleet_from(args), explained)
+    try:
+        result = train_locally(args, args.strategy, fleet_from(args), explained)
+    except KeyboardInterrupt:
+        _say_where_it_stopped(args)
+        raise
     if args.json:
         print_json(result)
     else:
@@ -66,6 +77,13 @@ def command(args: argparse.Namespace) -> int:
     if explained is not None:
         _print_explanations(explained, sys.stderr if args.json else sys.stdout)
     return 0
+
+
+def _say_where_it_stopped(args: argparse.Namespace) -> None:
+    with contextlib.suppress(DynaCommError):
+        step = newest_step(args)
+        if step is not None:
+            say(f"stopped; the same command with --resume goes on from step {step}")
 
 
 def _print_explanations(explained: Mapping[int, Event], stream: TextIO) -> None:
@@ -97,6 +115,9 @@ def train_locally(
     if hasattr(args, "on_leave"):
         check_mode(mode_of(args), strategy, workers=args.workers)
         check_keeping(args)
+        if args.resume and newest_step(args) == steps:
+            args.absence = 0.0  # nobody has anything to do, or is still there to ask
+            fleet = Fleet(links=(), slowdowns=())
     return run(_train(args, strategy, steps, fleet, explained))
 
 
@@ -116,7 +137,7 @@ async def _train(
     def on_server_event(event: Event) -> None:
         if event["event"] == "listening":
             if event["step"]:
-                say(f"going on from step {event['step']}")
+                say(f"going on from step {event['step']} of {steps}")
             address.set_result(event["address"])
         elif event["event"] == "step":
             progress.update(
@@ -139,7 +160,7 @@ async def _train(
         options = [*_serve_options(args, strategy, steps), *_trace_option(parts)]
         await children.start("server", module, "serve", *options, on_event=on_server_event)
         server = parse_address(await children.wait_for(address))
-        targets = [server] * args.workers
+        targets = [server] * len(fleet.links)
         links: list[LinkProcess] = []
         if not fleet.is_local:
             (links,) = await start_links(stack, fleet.links, [server], parts)

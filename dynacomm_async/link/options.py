@@ -63,9 +63,9 @@ def add_setting_arguments(parser: argparse.ArgumentParser, description: str | No
 def _add_fault_argument(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "faults of the link",
-        "KIND is reset, cut, stall, slice, slow-close or down; WAY is up, down or both; WHEN is "
-        "bytes=N of a connection or time=T of the link. Behind it, with commas: every=, for=, "
-        "size=, seed=, connection=. As in reset:up@bytes=100000, stall:both@time=2s,for=3s, "
+        "KIND is reset, cut, stall, slice, slow-close or down; WAY is up, down or both (default); "
+        "WHEN is bytes=N of a connection or time=T of the link. Behind it, with commas: every=, "
+        "for=, size=, seed=, connection=. As in reset:up@bytes=100000, stall:both@time=2s,for=3s, "
         "cut:down@bytes=5000,connection=0, slice:down,size=7, slow-close:up,for=1s and "
         "down@time=5s,for=2s,every=30s.",
     )

@@ -11,6 +11,7 @@ import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -146,10 +147,18 @@ class Run:
         """Take up a run where a checkpoint left it.
 
         Raises:
-            ConfigError: it is of a run with other settings.
+            ConfigError: it is of a run with other settings, or has gone on for longer than asked.
         """
+        if state.step > self._options.steps:
+            raise ConfigError(
+                f"the checkpoint is of step {state.step}, behind the {self._options.steps} steps "
+                "that the run is to have: ask for more of them, or choose an empty directory"
+            )
         self._kernels = state.settings.get("kernels")
         check_settings(state.settings, self._saved_settings)
+        before, now = state.progress.get("rate"), name_rule(self._options.training.rate)
+        if before not in (None, now):
+            _log.warning("from step %d on the learning rate is %s, not %s", state.step, now, before)
         store = self.store or self._adopt(Grid(state.layers))
         store.restore(state.parameters, state.statistics, state.optimizer)
         self.name = state.run
@@ -158,8 +167,13 @@ class Run:
             self._places.hold(slot, term)
         assert self._pace is not None
         self._pace.restore({"step": state.step, **state.progress}, state.versions)
+        absence_s = self._options.absence_s
         for place in self._places:
-            self._wait_for(place, "the server was restarted", self._options.absence_s)
+            text = (
+                f"was lost in step {state.step}: it did not come back within {absence_s:g} s after "
+                "the server was restarted"
+            )
+            place.wait(absence_s, partial(self._give_up, place, text))
         self._start_updates()
         self._end_when_all_have_left()  # it may have been saved when they had
 
@@ -608,7 +622,7 @@ class Run:
             term=self._places.term,
             roster={place.slot: place.term for place in self._places if place.counted},
             versions=pace.versions if isinstance(pace, Loose) else None,
-            progress=pace.progress(),
+            progress={**pace.progress(), "rate": name_rule(self._options.training.rate)},
         )
 
     @property

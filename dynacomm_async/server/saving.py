@@ -12,7 +12,7 @@ from typing import Any
 
 from dynacomm_async.errors import CheckpointError, ConfigError
 from dynacomm_async.failpoints import failpoint
-from dynacomm_async.optim import UpdateRule
+from dynacomm_async.optim import Schedule, UpdateRule
 from dynacomm_async.server.checkpoint import Checkpoints, CheckpointState, Saver
 from dynacomm_async.wire.grid import Grid
 
@@ -140,8 +140,8 @@ async def _close(saver: Saver, limit_s: float) -> bool:
     return await closed
 
 
-def name_rule(rule: UpdateRule) -> str:
-    """Name an update rule and its constants, the same in every life of a server."""
+def name_rule(rule: UpdateRule | Schedule) -> str:
+    """Name an update rule or rate and its constants, the same in every life of a server."""
     kind = type(rule)
     own = kind.__repr__ is not object.__repr__
     return repr(rule) if own else f"{kind.__module__}.{kind.__qualname__}"

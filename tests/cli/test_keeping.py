@@ -95,7 +95,31 @@ def test_a_run_that_ended_in_the_middle_of_an_epoch_goes_on_with_new_workers_bit
 def test_a_local_run_says_where_it_goes_on(run, quick, tmp_path):
     options = ("train", *quick, "--checkpoint-dir", tmp_path / "local", "--resume")
     assert "going on" not in run(*options, "--steps", 8).err
-    assert "going on from step 8\n" in run(*options, "--steps", 12).err
+    begun = run(*options, "--steps", 12, "--json")
+    assert begun.err == "going on from step 8 of 12\n"
+    # Once more: there is nothing left to do but to give the result again.
+    again = run(*options, "--steps", 12, "--json", "--save", tmp_path / "model.npz")
+    assert again.code == 0, again.err
+    assert again.json["parameters_sha256"] == begun.json["parameters_sha256"]
+    assert (tmp_path / "model.npz").exists()
+    outcome = run(*options, "--steps", 10)
+    assert outcome.code == 1
+    assert "the checkpoint is of step 12, behind the 10 steps" in outcome.complaint
+    told = run(*options, "--steps", 14, "--rate", "0.001")
+    assert told.code == 0
+    assert "from step 12 on the learning rate is Constant(" in told.err
+
+
+def test_a_local_run_that_is_interrupted_says_where_it_can_go_on(start, quick, tmp_path):
+    options = ("--checkpoint-dir", tmp_path / "local", "--checkpoint-every", "2")
+    program = start("train", *quick, "--steps", "100000", *options)
+    while not list(tmp_path.glob("local/*-step-6")):
+        time.sleep(0.05)
+    program.say(signal.SIGINT)
+    outcome = program.finish()
+    assert outcome.code == 130
+    step = re.fullmatch(r"stopped; the same command with --resume .* step (\d+)\n", outcome.err)
+    assert step, outcome.err
 
 
 @pytest.mark.parametrize("command", ["serve", "train"])

@@ -43,7 +43,7 @@ from dynacomm_async.wire import (
     Timing,
     Welcome,
 )
-from dynacomm_async.wire.messages import _ENCODERS
+from dynacomm_async.wire.codec import _ENCODERS
 from dynacomm_async.wire.states import _TABLE
 
 PACKAGE = Path(dynacomm_async.wire.__file__).parent.parent
