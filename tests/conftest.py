@@ -262,12 +262,12 @@ class RawWorker(RawPeer):
             await worker.close()
 
     async def join(self, grid: Grid, **changes: Any) -> Welcome:
-        """Say hello and join with one message for the whole first pull."""
+        """Say hello and join, subscribed to one message for the whole first pull."""
         self.send(Hello())
         message, _ = await self.read()
         assert isinstance(message, Welcome)
         self.welcome = message
-        changes = {"subscription": whole(0, grid)} | changes
+        changes = {"subscription": whole(message.version, grid)} | changes
         self.send(Join(grid.fingerprint, **changes))
         return message
 

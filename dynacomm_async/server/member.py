@@ -169,6 +169,7 @@ class Member:
         self.said_end = False
         self._grid: Grid | None = None
         self._greeting: Welcome | None = None  # still to be sent, like the next one
+        self._welcomed = 0  # the version that it was told to begin with
         self._have: Have | None = None
         self._skip: Skip | None = None
         self._split: Split | None = None  # as it was told
@@ -274,6 +275,7 @@ class Member:
                     self._wake.set()
             elif isinstance(message, Hello):
                 self._greeting = self._run.greet(self, message)
+                self._welcomed = self._greeting.version
                 self._split = self._greeting.split
                 self._silence_ms = self._greeting.silence_ms
                 self.resumed = self._greeting.resumed
@@ -282,6 +284,7 @@ class Member:
                 loop = asyncio.get_running_loop()
                 self._deadline = loop.call_later(self._join_deadline_s, self._expire, "join")
             elif isinstance(message, Join):
+                self._check_join(message)
                 self._grid = self._run.join(self, message)
                 self._take_place(message.subscription)
                 self._run.joined(self)
@@ -310,6 +313,13 @@ class Member:
         self._run.departed(self, error)
 
     # -- the rest --
+
+    def _check_join(self, join: Join) -> None:
+        if join.subscription.version != self._welcomed:
+            raise RemoteProtocolError(
+                f"it joins with a subscription to version {join.subscription.version}, expected "
+                f"version {self._welcomed}, as in its welcome"
+            )
 
     def _take_place(self, subscription: Subscription, has: Sequence[Range] = ()) -> None:
         self.joined = True

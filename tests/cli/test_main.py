@@ -98,7 +98,7 @@ def test_a_misspelt_option_is_refused_with_what_was_meant(call, options, hint):
 
 def test_the_help_lists_the_exit_codes(call):
     outcome = call("--help")
-    for code in ("0 success", "1 a failure", "2 a command line", "130 after", "143 after"):
+    for code in ("0 success", "1 a failure", "2 options that", "130 after", "143 after"):
         assert code in outcome.out
 
 

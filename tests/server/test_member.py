@@ -332,7 +332,8 @@ async def test_a_join_that_subscribes_to_another_version_ends_and_frees_the_rank
     async with serve(toy) as server:
         async with connect_raw(server.address) as raw:
             await raw.join(toy.grid, subscription=Subscription(3, everything), kernels="other")
-            await raw.read_to_end()
+            async with asyncio.timeout(5):  # at once, not when its silence has lasted too long
+                await raw.read_to_end()
         async with training(toy, server):
             pass
 
