@@ -139,7 +139,7 @@ def open_checkpoints(args: argparse.Namespace) -> Checkpoints | None:
 
 
 def newest_step(args: argparse.Namespace) -> int | None:
-    """Return the step of the newest checkpoint in ``--checkpoint-dir``; None where there is none.
+    """Return the step of the newest good checkpoint in ``--checkpoint-dir``; None: there is none.
 
     Raises:
         DynaCommError: another server uses the directory, or it cannot be read.
@@ -149,8 +149,8 @@ def newest_step(args: argparse.Namespace) -> int | None:
     if args.checkpoint_dir is None or not args.checkpoint_dir.is_dir():
         return None
     with Checkpoints(args.checkpoint_dir) as checkpoints:
-        found = checkpoints.list()
-    return found[-1].step if found else None
+        steps = [checkpoint.step for checkpoint in checkpoints.list() if checkpoint.healthy]
+    return steps[-1] if steps else None
 
 
 def server_options(args: argparse.Namespace) -> dict[str, Any]:
