@@ -113,7 +113,7 @@ def test_a_local_run_says_where_it_goes_on(run, quick, tmp_path):
 def test_a_local_run_that_is_interrupted_says_where_it_can_go_on(start, quick, tmp_path):
     options = ("--checkpoint-dir", tmp_path / "local", "--checkpoint-every", "2")
     program = start("train", *quick, "--steps", "100000", *options)
-    while not list(tmp_path.glob("local/*-step-6")):
+    while len(list(tmp_path.glob("local/*-step-*"))) < 2:  # which ones depends on the disk
         time.sleep(0.05)
     program.say(signal.SIGINT)
     outcome = program.finish()
