@@ -93,8 +93,10 @@ def test_a_comparison_of_few_strategies_prints_a_table(run, quick):
     assert outcome.code == 0
     # Ten steps on a busy machine may be too uneven to measure the link, and then it says so.
     assert outcome.err == "" or "its costs are guesses" in outcome.err
-    names = [line.split()[0] for line in outcome.out.splitlines()]
-    assert names == ["strategy", "-" * 8, "bucket", "ibatch", "x", "hidden:", "at", "parameters:"]
+    *names, last = [line.split()[0] for line in outcome.out.splitlines()]
+    # Behind these it may say that the machine was busy.
+    assert names[:7] == ["strategy", "-" * 8, "bucket", "ibatch", "x", "hidden:", "at"]
+    assert last == "parameters:"
     assert "bit-identical under every strategy" in outcome.out
 
 
