@@ -163,7 +163,12 @@ class Run:
         store.restore(state.parameters, state.statistics, state.optimizer)
         self.name = state.run
         self._has_initial = self._training_began = True
-        for slot, term in state.roster.items():
+        roster = state.roster
+        if self._options.mode.leaving == "end" and state.step < self._options.steps:
+            # Who left because it was over, for fewer steps, is needed again; any newcomer will do.
+            everybody = dict.fromkeys(range(self._options.workers), self._places.term)
+            roster = {**everybody, **roster}
+        for slot, term in roster.items():
             self._places.hold(slot, term)
         assert self._pace is not None
         self._pace.restore({"step": state.step, **state.progress}, state.versions)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
+from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -175,11 +177,10 @@ async def test_the_end_carries_parameters_that_whoever_has_left_has_still_change
 # -- a stranger's hello --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["leaves", "is cut off"])
-async def test_a_stranger_that_goes_before_it_joins_evicts_nobody_who_is_away(
-    toy, connect_raw, how
-):
-    grid = toy.grid
+@asynccontextmanager
+async def a_stranger_greeted_while_one_is_away(toy, connect_raw):
+    """Yield the server, who has stayed, who is away, the stranger, its welcome, and a connection
+    for who comes back."""
     async with (
         serve(toy, workers=2, steps=2, absence_s=60.0) as server,
         connect_raw(server.address) as other,
@@ -187,9 +188,17 @@ async def test_a_stranger_that_goes_before_it_joins_evicts_nobody_who_is_away(
         connect_raw(server.address) as back,
     ):
         async with connect_raw(server.address) as away:
-            await begin(grid, away, other)
+            await begin(toy.grid, away, other)
         await until(lambda: len(server.members) == 1)
-        welcome = await greet(stranger)
+        yield server, other, away, stranger, await greet(stranger), back
+
+
+@pytest.mark.parametrize("how", ["leaves", "is cut off"])
+async def test_a_stranger_that_goes_before_it_joins_evicts_nobody_who_is_away(
+    toy, connect_raw, how
+):
+    async with a_stranger_greeted_while_one_is_away(toy, connect_raw) as scene:
+        _, _, away, stranger, welcome, back = scene
         assert welcome.slot == away.welcome.slot  # it could have the step done anew
         assert welcome.term > away.welcome.term
         if how == "leaves":
@@ -204,16 +213,8 @@ async def test_a_stranger_that_goes_before_it_joins_evicts_nobody_who_is_away(
 
 async def test_a_newcomer_is_refused_where_whom_it_was_to_replace_has_come_back(toy, connect_raw):
     grid = toy.grid
-    async with (
-        serve(toy, workers=2, steps=2, absence_s=60.0) as server,
-        connect_raw(server.address) as other,
-        connect_raw(server.address) as stranger,
-        connect_raw(server.address) as back,
-    ):
-        async with connect_raw(server.address) as away:
-            await begin(grid, away, other)
-        await until(lambda: len(server.members) == 1)
-        welcome = await greet(stranger)
+    async with a_stranger_greeted_while_one_is_away(toy, connect_raw) as scene:
+        server, other, away, stranger, welcome, back = scene
         await greet(back, run=welcome.run, member=membership(away.welcome))
         back.welcome = away.welcome
         back.send(Resume(whole(0, grid), ()))
@@ -277,6 +278,37 @@ async def test_a_membership_of_an_earlier_life_without_a_trace_takes_nobodys_pla
         assert refusal.code == "term-outdated"
         await other.join(grid)
         await present.pull()  # its line is as it was
+
+
+@pytest.mark.parametrize("who", [(), (0,)], ids=["nobody", "one of two"])
+async def test_a_run_that_was_over_for_some_goes_on_for_more_steps_with_everybody(
+    toy, connect_raw, tmp_path, who
+):
+    """Its last checkpoint may have been made when some, or all, had left already."""
+    grid, checkpoints = toy.grid, Checkpoints(tmp_path)
+    options = {"workers": 2, "checkpoints": checkpoints, "absence_s": 60.0}
+    async with (
+        serve(toy, steps=1, **options) as server,
+        connect_raw(server.address) as one,
+        connect_raw(server.address) as other,
+    ):
+        await begin(grid, one, other)
+        for worker in (one, other):
+            worker.push(0, zeros(grid), grid)
+        for worker in (one, other):
+            await read_until(worker, End)
+            await leave(worker)
+        await server.finished()
+    state = checkpoints.load()
+    checkpoints.save(replace(state, roster=dict.fromkeys(who, 1)))
+    async with (
+        serve(toy, steps=2, resume=True, **options) as server,
+        connect_raw(server.address) as newcomer,
+    ):
+        answer = await greet(newcomer)
+        assert isinstance(answer, Error), answer  # nobody may take the step on alone
+        assert answer.code == "place-kept"
+    checkpoints.close()
 
 
 # -- contributions that were there ---------------------------------------------------------------
