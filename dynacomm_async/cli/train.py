@@ -116,7 +116,8 @@ def train_locally(
         check_mode(mode_of(args), strategy, workers=args.workers)
         check_keeping(args)
         if args.resume and newest_step(args) == steps:
-            args.absence = 0.0  # nobody has anything to do, or is still there to ask
+            # Nobody has anything to do, or is still there to ask.
+            args = argparse.Namespace(**{**vars(args), "absence": 0.0})
             fleet = Fleet(links=(), slowdowns=())
     return run(_train(args, strategy, steps, fleet, explained))
 

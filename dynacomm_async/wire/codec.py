@@ -248,21 +248,16 @@ def _decode_welcome(prefix: Prefix, header: Header) -> Welcome:
 
 
 def _decode_join(prefix: Prefix, header: Header) -> Join:
-    subscription = _subscription(header)
-    if subscription is None:
-        raise _wrong("subscribe", None, "the plan of the first parameters")
     return Join(
         fingerprint=_text(header, "fingerprint"),
-        subscription=subscription,
+        subscription=_certain_subscription(header, "first parameters"),
         kernels=_text(header, "kernels"),
         layers=_layers(header),
     )
 
 
 def _decode_resume(prefix: Prefix, header: Header) -> Resume:
-    subscription = _subscription(header)
-    if subscription is None:
-        raise _wrong("subscribe", None, "the plan of the parameters that are missing")
+    subscription = _certain_subscription(header, "parameters that are missing")
     return Resume(subscription, _has(header))
 
 
@@ -324,10 +319,7 @@ def _decode_skip(prefix: Prefix, header: Header) -> Skip:
 
 
 def _decode_subscribe(prefix: Prefix, header: Header) -> Subscribe:
-    subscription = _subscription(header)
-    if subscription is None:
-        raise _wrong("subscribe", None, "the plan of the next parameters")
-    return Subscribe(subscription)
+    return Subscribe(_certain_subscription(header, "next parameters"))
 
 
 def _wrong(name: str, value: object, expected: str) -> RemoteProtocolError:
@@ -394,6 +386,13 @@ def _ranges(rows: object) -> Ranges:
 def _has(header: Header) -> Ranges:
     rows = header.get("has")
     return () if rows == [] else _ranges(rows)
+
+
+def _certain_subscription(header: Header, to_what: str) -> Subscription:
+    subscription = _subscription(header)
+    if subscription is None:
+        raise _wrong("subscribe", None, f"the plan of the {to_what}")
+    return subscription
 
 
 def _subscription(header: Header) -> Subscription | None:
