@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import random
 from collections.abc import Callable
 from typing import TypeAlias
@@ -16,6 +18,8 @@ from dynacomm_async.wire.messages import Hello, Welcome
 from dynacomm_async.worker.line import Line
 
 __all__ = ["Reacher", "Whereabouts"]
+
+_log = logging.getLogger("dynacomm_async.worker.connection")
 
 Whereabouts: TypeAlias = Address | Callable[[], Address]
 """Where a server is, or a function that finds out. It is called in a thread of its own before each
@@ -75,7 +79,7 @@ class Reacher:
     async def _try(self, make_hello: Callable[[], Hello], first: bool) -> tuple[Line, Welcome]:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._retry_s
-        pause = _PAUSE_S
+        pause, is_told = _PAUSE_S, not first  # that it is lost has been told
         while True:
             try:
                 return await self._attempt(make_hello(), max(deadline - loop.time(), 0.0))
@@ -92,8 +96,8 @@ class Reacher:
                 if error.code not in (_NOT_YET if first else _TOO_SLOW):
                     raise
                 failure = error
+            why, where = _describe(failure), self._address or "an unknown address"
             if loop.time() + pause > deadline:
-                why, where = failure.__cause__ or failure, self._address or "an unknown address"
                 raise ChannelBroken(
                     f"no server at {where} (tried for {self._retry_s:g} s: {why}); "
                     "start it, or check --server HOST:PORT"
@@ -102,6 +106,9 @@ class Reacher:
                     f"(tried for {self._retry_s:g} s: {why}); once the server is there again, "
                     "start the worker anew"
                 ) from failure
+            if not is_told:
+                _log.info("cannot join at %s yet (%s); trying for %g s", where, why, self._retry_s)
+                is_told = True
             # Many workers lose one server at the same moment.
             await asyncio.sleep(pause if first else pause * (0.5 + random.random() / 2))
             pause = min(2 * pause, _LONGEST_PAUSE_S)
@@ -139,3 +146,13 @@ class Reacher:
         except TimeoutError:
             raise ChannelBroken(f"{address} does not answer") from None
         return lines[-1]
+
+
+def _describe(failure: Exception) -> str:
+    """Say why an attempt failed, without its address, in the system's words."""
+    cause = failure.__cause__
+    if not isinstance(cause, OSError):
+        return str(cause or failure)
+    if cause.errno is not None and cause.errno > 0:
+        return os.strerror(cause.errno)
+    return cause.strerror or str(cause)

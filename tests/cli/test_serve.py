@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import re
 import socket
 
@@ -85,7 +87,10 @@ def test_a_server_that_is_not_there_is_looked_for_and_then_reported(run):
         port = unused.getsockname()[1]
         outcome = run("work", "--server", f"127.0.0.1:{port}", "--retry", "0.5")
     assert outcome.code == 1
-    assert f"no server at 127.0.0.1:{port} (tried for 0.5 s" in outcome.complaint
+    told, complaint = outcome.err.splitlines()
+    why = os.strerror(errno.ECONNREFUSED)
+    assert told == f"cannot join at 127.0.0.1:{port} yet ({why}); trying for 0.5 s"
+    assert f"no server at 127.0.0.1:{port} (tried for 0.5 s: {why}); start it" in complaint
 
 
 @pytest.mark.parametrize("address", ["nowhere", ":", "host:port", "127.0.0.1:99999"])
