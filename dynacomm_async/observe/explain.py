@@ -253,7 +253,8 @@ def _describe_policy(policy: Policy) -> str:
     size = "of any size" if policy.cap_nbytes is None else f"of up to {_size(policy.cap_nbytes)}"
     if policy.threshold_nbytes:
         size += f" once {_size(policy.threshold_nbytes)} are ready"
-    return f"{size}, {'whole layers' if policy.whole_layers else 'cut inside layers too'}"
+    order = ", rear layers first until all are ready" if policy.rear_first else ""
+    return f"{size}, {'whole layers' if policy.whole_layers else 'cut inside layers too'}{order}"
 
 
 def _named_lines(named: Sequence[tuple[str, Sequence[str]]]) -> str:

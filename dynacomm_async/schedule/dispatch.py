@@ -2,7 +2,8 @@
 
 :class:`OrderedDispatcher` sends the messages of a plan in their order, each as soon as all its
 cells are ready; with a barrier it waits until everything is. :class:`PriorityDispatcher` has no
-list: it sends what is ready, the front of the model first, in messages that a policy measures out.
+list: it sends what is ready, mostly the front of the model first, in messages that a policy
+measures out.
 Either is asked when the link is free, never before: what becomes ready while a message leaves can
 still overtake what waits. Neither knows links or clocks.
 """
@@ -35,6 +36,10 @@ class Policy:
         threshold_nbytes: while less than this is ready and more is to come, nothing leaves.
         whole_layers: send layers only when all their cells are ready, and never a part of one.
         one_layer: a message holds cells of one layer only.
+        rear_first: while more is to come, the rear layers leave first, the front ones only then. A
+            backward pass makes gradients ready in that order, so that workers who are not quite
+            as fast as each other send the same cells all the same; those who always turn to the
+            latest layer leave different rests behind, and the server waits for the other's.
 
     Raises:
         PlanError: a cap below 1, a threshold below 0, or a flag that is none.
@@ -44,6 +49,7 @@ class Policy:
     threshold_nbytes: int = 0
     whole_layers: bool = False
     one_layer: bool = False
+    rear_first: bool = False
 
     def __post_init__(self) -> None:
         cap, threshold = self.cap_nbytes, self.threshold_nbytes
@@ -51,7 +57,7 @@ class Policy:
             raise PlanError(f"a policy's cap is {cap!r} bytes, expected at least 1 or None")
         if type(threshold) is not int or threshold < 0:
             raise PlanError(f"a policy's threshold is {threshold!r} bytes, expected at least 0")
-        for flag in (self.whole_layers, self.one_layer):
+        for flag in (self.whole_layers, self.one_layer, self.rear_first):
             if not isinstance(flag, bool):
                 raise PlanError(f"a policy's flag is {flag!r}, expected True or False")
 
@@ -142,7 +148,7 @@ class OrderedDispatcher:
 
 
 class PriorityDispatcher:
-    """Hands out what is ready, the lowest cells first.
+    """Hands out what is ready, the lowest cells first, or as its policy says.
 
     A layer that is cut costs nothing: what is ready is kept as runs of cells, so an operation is
     O(log R) for the R runs and O(log L) for the L layers, however many cells there are.
@@ -161,9 +167,10 @@ class PriorityDispatcher:
         self._layout = layout
         self._ready = _Runs(layout.n_cells)
         self._missing = list(map(int.__sub__, layout.firsts[1:], layout.firsts))
-        self._waiting: list[tuple[int, int]] = []  # a heap of runs: first cell, and the one after
+        self._waiting: list[tuple[int, int, int]] = []  # a heap: rank, first cell, the one after
         self._waiting_nbytes = 0
         self._to_come_nbytes = layout.nbytes
+        self._is_rear_first = policy.rear_first
         for cells in skip:
             for begin, end in self._ready.add(*cells):
                 self._to_come_nbytes -= layout.offset(end) - layout.offset(begin)
@@ -197,22 +204,21 @@ class PriorityDispatcher:
         if self._to_come_nbytes and self._waiting_nbytes < policy.threshold_nbytes:
             return None
         room = self._waiting_nbytes if policy.cap_nbytes is None else policy.cap_nbytes
+        lowest, limit = 0, self._layout.n_cells
         if policy.one_layer:
-            layer = self._layout.layer_of(waiting[0][0])
-            limit = self._layout.firsts[layer + 1]
-        else:
-            limit = self._layout.n_cells
+            layer = self._layout.layer_of(waiting[0][1])
+            lowest, limit = self._layout.firsts[layer : layer + 2]
         message: list[Range] = []
         message_end = -1
-        while waiting and waiting[0][0] < limit:
-            begin, end = waiting[0]
+        while waiting and lowest <= waiting[0][1] < limit:
+            rank, begin, end = waiting[0]
             stop, nbytes = self._measure(begin, min(end, limit), room, not message)
             if stop == begin:
                 break
             if stop == end:
                 heapq.heappop(waiting)
             else:
-                heapq.heapreplace(waiting, (stop, end))
+                heapq.heapreplace(waiting, (rank, stop, end))
             if begin == message_end:
                 begin, _ = message.pop()
             message.append(Range(begin, stop - begin))
@@ -221,7 +227,7 @@ class PriorityDispatcher:
             room -= nbytes
             if stop < end:
                 break
-        return tuple(message)
+        return merge(message) if self._is_rear_first else tuple(message)
 
     def _measure(self, begin: int, end: int, room: int, must: bool) -> tuple[int, int]:
         """Return how far a message with that much room takes a run, and how much that is."""
@@ -240,10 +246,22 @@ class PriorityDispatcher:
         return stop, layout.offset(stop) - offset
 
     def _enqueue(self, begin: int, end: int) -> None:
-        nbytes = self._layout.offset(end) - self._layout.offset(begin)
-        heapq.heappush(self._waiting, (begin, end))
+        layout = self._layout
+        nbytes = layout.offset(end) - layout.offset(begin)
         self._waiting_nbytes += nbytes
         self._to_come_nbytes -= nbytes
+        if not self._is_rear_first:
+            heapq.heappush(self._waiting, (0, begin, end))
+            return
+        while begin < end:
+            layer = layout.layer_of(begin)
+            stop = min(end, layout.firsts[layer + 1])
+            heapq.heappush(self._waiting, (-layer, begin, stop))
+            begin = stop
+        if not self._to_come_nbytes:
+            self._is_rear_first = False
+            self._waiting = [(0, begin, end) for _, begin, end in self._waiting]
+            heapq.heapify(self._waiting)
 
     def _complete_layers(self, begin: int, end: int) -> None:
         """Enqueue the layers of which these cells were the last ones, neighbours as one run."""

@@ -138,7 +138,8 @@ class PolicyPlan:
         push: the uplink's policy, at the worker.
 
     Raises:
-        PlanError: no name, no layers, or something else than policies.
+        PlanError: no name, no layers, something else than policies, or a downlink that is to begin
+            with the rear layers: parameters are awaited from the front.
     """
 
     strategy: str
@@ -151,6 +152,8 @@ class PolicyPlan:
         for policy in (self.pull, self.push):
             if not isinstance(policy, Policy):
                 raise PlanError(f"a policy is {reprlib.repr(policy)}, expected a Policy")
+        if self.pull.rear_first:
+            raise PlanError("a downlink's policy is rear_first, expected one for the uplink only")
 
     @classmethod
     def from_json(cls, mapping: object) -> PolicyPlan:

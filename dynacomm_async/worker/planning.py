@@ -6,7 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import astuple, replace
+from dataclasses import replace
 from itertools import pairwise
 
 from dynacomm_async.ranges import Range
@@ -205,7 +205,11 @@ class FixedPlan(Plans):
 def subscription(plan: AnyPlan, version: int, grid: Grid) -> Subscription:
     """Return what to ask of the server for a plan's pull."""
     if isinstance(plan, PolicyPlan):
-        return Subscription(version, policy=DownPolicy(*astuple(plan.pull)))
+        pull = plan.pull
+        policy = DownPolicy(
+            pull.cap_nbytes, pull.threshold_nbytes, pull.whole_layers, pull.one_layer
+        )
+        return Subscription(version, policy=policy)
     return Subscription(version, _messages(plan.pull, grid), plan.barrier)
 
 

@@ -188,6 +188,18 @@ def test_a_message_may_be_kept_to_one_layer() -> None:
     ]
 
 
+def test_rear_layers_may_leave_first_until_all_are_ready() -> None:
+    dispatcher = PriorityDispatcher(Policy(cap_nbytes=20, rear_first=True), SMALL)
+    dispatcher.ready(5, 4)
+    assert dispatcher.next() == (Range(5, 2),)
+    dispatcher.ready(1, 4)
+    assert dispatcher.next() == (Range(7, 2),)  # what comes later does not overtake it
+    assert dispatcher.next() == (Range(1, 1), Range(4, 1))
+    dispatcher.ready(0, 1)
+    assert [dispatcher.next() for _ in range(2)] == [(Range(0, 1), Range(2, 1)), (Range(3, 1),)]
+    assert dispatcher.done
+
+
 def test_less_than_the_threshold_waits_until_nothing_more_can_come() -> None:
     dispatcher = PriorityDispatcher(Policy(threshold_nbytes=50), SMALL)
     dispatcher.ready(5, 4)
@@ -214,7 +226,7 @@ def test_cells_outside_the_model_are_refused_by_a_policy_too(first: int, count: 
     [
         *({"cap_nbytes": 0}, {"cap_nbytes": 1.5}, {"cap_nbytes": True}, {"cap_nbytes": "1"}),
         *({"threshold_nbytes": -1}, {"threshold_nbytes": None}),
-        *({"whole_layers": 1}, {"one_layer": None}),
+        *({"whole_layers": 1}, {"one_layer": None}, {"rear_first": 0}),
     ],
     ids=str,
 )
@@ -251,6 +263,8 @@ class NaivePriority:
             return None
         message: list[int] = []
         room = sum(size for _, size in cells) if policy.cap_nbytes is None else policy.cap_nbytes
+        if policy.rear_first and more:
+            waiting.sort(key=lambda cell: (-cells[cell][0], cell))
         units = [[cell] for cell in waiting]
         if policy.whole_layers:
             units = [of_layer[cell] for cell in waiting if cell == of_layer[cell][0]]
@@ -265,7 +279,7 @@ class NaivePriority:
             if room < 0:
                 break
         self.sent.update(message)
-        return message
+        return sorted(message)
 
 
 @settings(max_examples=400, deadline=None, derandomize=True)
@@ -278,6 +292,7 @@ def test_a_policys_dispatcher_equals_one_that_looks_at_every_cell(data: st.DataO
         data.draw(st.just(0) | st.integers(0, 80)),
         whole_layers=data.draw(st.booleans()),
         one_layer=data.draw(st.booleans()),
+        rear_first=data.draw(st.booleans()),
     )
     layout = Layout(sizes, cell_nbytes)
     dispatcher, naive = (

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -118,7 +119,7 @@ def test_without_a_barrier_segments_may_leave_in_any_order() -> None:
 
 
 def test_policies_are_saved_and_read_back() -> None:
-    plan = PolicyPlan("mine", 3, pull=Policy(None, 5), push=Policy(7, 0, True, True))
+    plan = PolicyPlan("mine", 3, pull=Policy(None, 5), push=Policy(7, 0, True, True, True))
     assert plan.to_json() == {
         "strategy": "mine",
         "layers": 3,
@@ -127,12 +128,14 @@ def test_policies_are_saved_and_read_back() -> None:
             "threshold_nbytes": 5,
             "whole_layers": False,
             "one_layer": False,
+            "rear_first": False,
         },
         "push": {
             "cap_nbytes": 7,
             "threshold_nbytes": 0,
             "whole_layers": True,
             "one_layer": True,
+            "rear_first": True,
         },
     }
     assert read_plan(json.loads(json.dumps(plan.to_json()))) == plan
@@ -150,8 +153,10 @@ def test_policies_are_saved_and_read_back() -> None:
                 "threshold_nbytes": 0,
                 "whole_layers": False,
                 "one_layer": False,
+                "rear_first": False,
             }
         },
+        {"pull": asdict(Policy(rear_first=True))},
     ],
     ids=str,
 )

@@ -63,9 +63,11 @@ _CLEARLY_BETTER_PER_MILLE = 995
 _MOST_NAMED = 16
 """Messages each way of the best policy with which a search for lists begins."""
 
-_ROUNDING_PER_MILLE = 1020
-"""A step that is at most this much longer by the model is worth sizes that all workers agree on:
-where sizes differ, a cell waits at the server for the worker whose message ends later."""
+_SIZE_PER_MILLE, _ORDER_PER_MILLE = 1020, 1005
+"""A step that is at most this much longer by the model is worth sizes, or an order, that all workers
+agree on: where they differ, cells wait at the server for the worker who sends them later. Sizes
+always differ somewhat; the order matters as much only where transfers take far longer than
+computing, and there it costs nothing."""
 
 _MOST_MESSAGES = 128
 """In one direction. Finer ones gain less than a percent by the model, which does not count the
@@ -91,7 +93,7 @@ def plan_joint(costs: Costs, pause: Callable[[], object] = lambda: None) -> AnyP
     search.run()
     search.name_messages(costs)
     if costs.workers > 1:
-        search.round_sizes()
+        search.agree()
     return search.choice
 
 
@@ -159,22 +161,29 @@ class _Search:
         if 1000 * step_ns < _CLEARLY_BETTER_PER_MILLE * self.step_ns:
             self.plan, self.step_ns = plan, step_ns
 
-    def round_sizes(self) -> None:
-        """Take the nearest of a few sizes, where that costs little.
+    def agree(self) -> None:
+        """Send as the other workers do, in order and in size, where that costs little.
 
         What comes down has gone up from every worker before. Workers alike, whose estimates differ
-        by a few per cent, then choose the same sizes, and their messages end at the same cells.
+        by a few per cent, then choose the nearest of a few sizes, and their messages end at the
+        same cells; and those who begin at the rear have sent the same cells whenever one of them
+        looks, though none computes exactly as fast as another.
         """
-        plan = self.plan
-        if not isinstance(plan, PolicyPlan):
-            return
-        limit_ns = self.step_ns * _ROUNDING_PER_MILLE // 1000 + 1
-        push = replace(plan.push, cap_nbytes=self._round(plan.push.cap_nbytes))
-        pull = replace(plan.pull, cap_nbytes=self._round(plan.pull.cap_nbytes))
+        if isinstance(self.plan, PolicyPlan):
+            push, pull = self.plan.push, self.plan.pull
+            push = replace(push, cap_nbytes=self._round(push.cap_nbytes))
+            pull = replace(pull, cap_nbytes=self._round(pull.cap_nbytes))
+            self._agree_on(push, pull, _SIZE_PER_MILLE)
+            push = replace(self.plan.push, rear_first=True)
+            self._agree_on(push, self.plan.pull, _ORDER_PER_MILLE)
+
+    def _agree_on(self, push: Policy, pull: Policy, per_mille: int) -> None:
+        """Take policies if the step is at most so much longer."""
+        limit_ns = self.step_ns * per_mille // 1000 + 1
         pushed = self._crossing.try_push(push, limit_ns)
         step_ns = None if pushed is None else self._crossing.try_pull(pull, pushed, limit_ns)
         if step_ns is not None and self._is_clearly_better(step_ns):
-            self.plan, self.step_ns = replace(plan, pull=pull, push=push), step_ns
+            self.plan, self.step_ns = PolicyPlan("joint", self._n_layers, pull, push), step_ns
 
     def _round(self, cap_nbytes: int | None) -> int | None:
         if cap_nbytes is None:
