@@ -64,9 +64,9 @@ _MOST_NAMED = 16
 """Messages each way of the best policy with which a search for lists begins."""
 
 _SIZE_PER_MILLE, _ORDER_PER_MILLE = 1020, 1005
-"""A step that is at most this much longer by the model is worth sizes, or an order, that all workers
-agree on: where they differ, cells wait at the server for the worker who sends them later. Sizes
-always differ somewhat; the order matters as much only where transfers take far longer than
+"""A step that is at most this much longer by the model is worth sizes, or an order, that all
+workers agree on: where they differ, cells wait at the server for the worker who sends them later.
+Sizes always differ somewhat; the order matters as much only where transfers take far longer than
 computing, and there it costs nothing."""
 
 _MOST_MESSAGES = 128

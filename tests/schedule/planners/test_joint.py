@@ -222,7 +222,7 @@ def test_several_workers_behind_slow_links_begin_at_the_rear_where_that_costs_no
 
 def test_workers_who_begin_at_the_rear_wait_less_for_others_who_cut_otherwise() -> None:
     ratios = []
-    for seed in range(20):
+    for seed in range(40):
         costs, plan = make_slow_links(seed), plan_joint(make_slow_links(seed))
         if not isinstance(plan, PolicyPlan) or not plan.push.rear_first:
             continue
