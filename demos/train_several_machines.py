@@ -108,11 +108,15 @@ def rerun_isolated() -> int:
 
 
 def build_network(
-    n_machines: int, bandwidth: str | None, server_bandwidth: str | None = None
+    n_machines: int,
+    bandwidth: str | None,
+    server_bandwidth: str | None = None,
+    congestion: str | None = None,
 ) -> list[list[str]]:
     """Make machines on one switch; return for each what runs a command on it.
 
-    The first is the server's, whose rate may differ from the others'.
+    The first is the server's, whose rate may differ from the others'; ``congestion`` names the
+    congestion control of all, by default this machine's.
     """
     # Names of namespaces are files in /run/netns; the world outside is not to see them.
     configure("mount -t tmpfs none /run")
@@ -127,6 +131,9 @@ def build_network(
         configure(f"ip -n {name} address add {NETWORK}.{number}/24 dev eth0")
         configure(f"ip -n {name} link set lo up")
         configure(f"ip -n {name} link set eth0 up")
+        if congestion:
+            control = f"net.ipv4.tcp_congestion_control={congestion}"
+            configure(f"ip netns exec {name} sysctl -q -w {control}")
         rate = server_bandwidth if number == 1 and server_bandwidth else bandwidth
         if rate:
             limit = f"root tbf rate {rate} burst {burst_nbytes(rate)} latency 100ms"

@@ -311,6 +311,7 @@ async def measure_all(
     rate: str,
     server_rate: str,
     blocks: Sequence[int],
+    congestion: str | None = None,
 ) -> dict[str, Measured]:
     """Return what was measured of each system on one network.
 
@@ -320,11 +321,12 @@ async def measure_all(
         rate: of each worker's link, each way.
         server_rate: of the server's.
         blocks: how many steps each takes in a turn; one more is taken, which does not count.
+        congestion: which congestion control all use; None: this machine's.
 
     Raises:
         Failure: a system did not run.
     """
-    machines = several.build_network(spec["workers"] + 1, rate, server_rate)
+    machines = several.build_network(spec["workers"] + 1, rate, server_rate, congestion)
     async with AsyncExitStack() as stack:
         teams = []
         for number, system in enumerate(systems):

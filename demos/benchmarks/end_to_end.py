@@ -63,6 +63,8 @@ MODELS = ("resnet18", "vgg11", "transformer")
 OURS = "joint,dynacomm,sequential,layerwise,ibatch,bucket"
 PEERS = "ddp:default,ddp:1,ddp:4,ddp:25,flower"
 
+_CONTROLS = Path("/proc/sys/net/ipv4")
+
 WIRE_SHARE = 1448 / 1514
 """What is payload of a full packet on Ethernet, IP and TCP headers with timestamps taken off."""
 
@@ -290,7 +292,11 @@ def inner() -> int:
     spec["layers"] = profiled["layers"]
     blocks = split(args.steps, args.blocks)
     try:
-        found = asyncio.run(measure_all(systems, spec, setting.rate, setting.server_rate, blocks))
+        found = asyncio.run(
+            measure_all(
+                *(systems, spec, setting.rate, setting.server_rate, blocks), args.congestion
+            )
+        )
     except Failure as error:
         print(error)
         return 1
@@ -362,6 +368,14 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def allowed_congestion_controls() -> list[str]:
+    """Return what a network namespace may choose from."""
+    try:
+        return (_CONTROLS / "tcp_allowed_congestion_control").read_text().split()
+    except OSError:  # not Linux
+        return []
+
+
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
@@ -399,6 +413,12 @@ def parse_args() -> argparse.Namespace:
         metavar="A,B",
         help=f"what trains (default: {OURS},{PEERS})",
     )
+    add(
+        "--congestion",
+        choices=allowed_congestion_controls(),
+        help="control of all systems (default: this machine's). bbr probes each connection's round "
+        "trip for 0.2 s in every 10 s, most of all what is never idle",
+    )
     add("--batch", type=positive, default=8, metavar="B", help="of a worker (default: 8)")
     add("--steps", type=positive, default=8, metavar="K", help="that count (default: 8)")
     add("--blocks", type=positive, default=2, metavar="N", help="turns of each (default: 2)")
@@ -428,7 +448,7 @@ def main() -> int:
     if reason is not None:
         print(f"end_to_end: {reason}", file=sys.stderr)
         return 1
-    control = Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
+    control = args.congestion or (_CONTROLS / "tcp_congestion_control").read_text().strip()
     machine = {**describe_machine(), **versions(), "congestion_control": control}
     if not args.json:
         named = ", ".join(f"{name} {version}" for name, version in versions().items())
