@@ -85,6 +85,7 @@ def worker_options(args: argparse.Namespace, place: Place) -> argparse.Namespace
         retry=args.retry,
         slowdown=1.0,
         explain=False,
+        congestion=args.congestion,
         trace=trace,
         events=False,
     )

@@ -229,6 +229,7 @@ def _work(args: argparse.Namespace, server: ServerPlace) -> None:
             retry=args.retry,
             slowdown=1.0,
             explain=False,
+            congestion=args.congestion,
             events=False,
         )
     )

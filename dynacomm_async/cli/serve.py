@@ -11,6 +11,7 @@ from typing import Any
 
 from dynacomm_async.addresses import Address, parse_address
 from dynacomm_async.cli.keeping import add_fault_arguments, open_checkpoints, server_options
+from dynacomm_async.cli.links import add_congestion_argument
 from dynacomm_async.cli.output import (
     Progress,
     check_writable,
@@ -70,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="allow --listen on an address that other machines reach, without authentication",
     )
     parser.add_argument("--run", metavar="ID", help="id of the run (default: random)")
+    add_congestion_argument(parser)
     add_init_argument(parser)
     add_fault_arguments(parser)
     add_own_trace_argument(parser)
@@ -135,6 +137,7 @@ def make_server(
         initial_statistics=initial_statistics,
         settings=settings,
         blocks=workload.batches.split.blocks,
+        congestion=args.congestion,
         **server_options(args),
         **options,
     )

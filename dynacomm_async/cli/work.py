@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from dynacomm_async.cli.links import slowdown
+from dynacomm_async.cli.links import add_congestion_argument, slowdown
 from dynacomm_async.cli.output import Progress, emit, say, step_notes, telling
 from dynacomm_async.cli.place import fill_work, own_place
 from dynacomm_async.cli.signals import interruptible
@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--explain", action="store_true", help="at the end, say where the time of a step went"
     )
+    add_congestion_argument(parser)
     add_own_trace_argument(parser)
     parser.add_argument("--events", action="store_true", help=argparse.SUPPRESS)
 
@@ -89,6 +90,7 @@ def join(args: argparse.Namespace, recorder: Recorder | None = None) -> None:
         kernels=KERNELS,
         retry_s=args.retry,
         recorder=recorder,
+        congestion=args.congestion,
     ) as session:
         (workload,) = loaded
         welcome = session.welcome

@@ -19,7 +19,14 @@ from dynacomm_async.server.results import Applied, RunResult, StepRecord
 from dynacomm_async.server.run import Options, Run
 from dynacomm_async.server.saving import Saving, name_rule
 from dynacomm_async.server.store import Training
-from dynacomm_async.transport import Address, Channel, TcpListener, listen, parse_address
+from dynacomm_async.transport import (
+    Address,
+    Channel,
+    TcpListener,
+    check_congestion,
+    listen,
+    parse_address,
+)
 from dynacomm_async.transport.channel import Handler
 from dynacomm_async.wire.codec import decode, encode
 from dynacomm_async.wire.frame import PREFIX_NBYTES, Prefix
@@ -88,6 +95,8 @@ class ParameterServer:
         on_applied: called on the event loop after each update of cells, in the order in which they
             are made: from it and the contributions, everything can be computed again.
         recorder: takes down what this server does and when; None records nothing.
+        congestion: which TCP congestion control governs what this end sends, such as ``"cubic"``;
+            None: the system's default.
 
     Raises:
         ConfigError: arguments that cannot work, a ``settings["strategy"]`` that does not hold in
@@ -121,6 +130,7 @@ class ParameterServer:
         checkpoints: Checkpoints | None = None,
         checkpoint_every: int = 100,
         resume: bool = False,
+        congestion: str | None = None,
     ) -> None:
         for name, number in (("workers", workers), ("steps", steps), ("refusals", refusals)):
             if number < 1:
@@ -139,6 +149,8 @@ class ParameterServer:
             raise ConfigError(
                 f"an absence of {absence_s:g} s, expected 0 or more, below {_LONGEST_S:g}"
             )
+        if congestion is not None:
+            check_congestion(congestion)
         if recorder is not None:
             recorder.begin("server")
         self.steps = steps
@@ -165,6 +177,7 @@ class ParameterServer:
             self._run.take_model(Grid(as_layer_specs(layers)), initial, initial_statistics)
         self._listen_at = parse_address(listen) if isinstance(listen, str) else listen
         self._insecure = insecure
+        self._congestion = congestion
         self._listener: TcpListener | None = None
         self._resume = resume
         self._result: asyncio.Future[RunResult] | None = None
@@ -173,7 +186,11 @@ class ParameterServer:
         self._result = asyncio.get_running_loop().create_future()
         if self._saving is not None:
             await self._go_on(self._saving)
-        self._listener = await listen(self._run.accept, self._listen_at, insecure=self._insecure)
+        self._listener = await listen(
+            *(self._run.accept, self._listen_at),
+            insecure=self._insecure,
+            congestion=self._congestion,
+        )
         return self
 
     async def __aexit__(

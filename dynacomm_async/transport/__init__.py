@@ -4,7 +4,7 @@ from dynacomm_async.addresses import Address, is_loopback, parse_address
 from dynacomm_async.transport.channel import Channel, Handler
 from dynacomm_async.transport.loop import LoopThread, new_event_loop, run
 from dynacomm_async.transport.memory import MemoryChannel, memory_pair
-from dynacomm_async.transport.tcp import TcpChannel, TcpListener, connect, listen
+from dynacomm_async.transport.tcp import TcpChannel, TcpListener, check_congestion, connect, listen
 
 __all__ = [
     "Address",
@@ -14,6 +14,7 @@ __all__ = [
     "MemoryChannel",
     "TcpChannel",
     "TcpListener",
+    "check_congestion",
     "connect",
     "is_loopback",
     "listen",

@@ -24,6 +24,7 @@ import sys
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import cast
 
 from dynacomm_async.addresses import Address, check_listen
@@ -46,7 +47,9 @@ except ImportError:  # Windows; a gulp under way is not seen there before it is 
 else:
     _FIONREAD = termios.FIONREAD
 
-__all__ = ["TcpChannel", "TcpListener", "connect", "listen"]
+__all__ = ["TcpChannel", "TcpListener", "check_congestion", "connect", "listen"]
+
+_ALLOWED_CONGESTION = Path("/proc/sys/net/ipv4/tcp_allowed_congestion_control")
 
 HIGH_WATER_NBYTES = 64 * 1024
 """What the loop may hold back before :meth:`TcpChannel.send` waits."""
@@ -85,6 +88,8 @@ JOINED_NBYTES = 4 * 1024
 """Payloads up to this size are copied behind their header: that is cheaper than a second buffer."""
 
 _TCP_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25 if hasattr(socket, "TCP_INFO") else 0)
+
+_TCP_CONGESTION = getattr(socket, "TCP_CONGESTION", 0)
 
 HandlerFactory = Callable[["TcpChannel"], Handler]
 
@@ -306,6 +311,19 @@ class TcpChannel(asyncio.BufferedProtocol):
         if self._socket.fileno() >= 0:
             _notice_vanished_peers(self._socket, limit_s)
 
+    def use_congestion(self, name: str) -> None:
+        """Have a TCP congestion control govern what is sent from now on.
+
+        Raises:
+            ConfigError: no such control may be chosen; the channel is aborted.
+        """
+        if self._socket.fileno() >= 0:  # else it is over already
+            try:
+                _use_congestion(self._socket, name)
+            except ConfigError:
+                self.abort()
+                raise
+
     def turn_deaf(self) -> None:
         """See :meth:`dynacomm_async.transport.channel.Channel.turn_deaf`."""
         self._connection.turn_deaf()
@@ -388,14 +406,56 @@ class TcpListener:
             self._server.close()
 
 
+def check_congestion(name: str) -> None:
+    """Make sure that this process may choose a TCP congestion control by this name.
+
+    Raises:
+        ConfigError: it may not, or the system has none of this name.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
+        _use_congestion(sock, name)
+
+
+def _use_congestion(sock: socket.socket, name: str) -> None:
+    if not _TCP_CONGESTION:
+        raise ConfigError(
+            f"congestion control {name!r}: this system lets no program choose one; leave it out"
+        )
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, _TCP_CONGESTION, name.encode())
+    except OSError as error:
+        raise ConfigError(
+            f"congestion control {name!r}: {_describe(error)}; this system allows "
+            f"{_allowed_congestion()} (sysctl net.ipv4.tcp_allowed_congestion_control)"
+        ) from error
+
+
+def _allowed_congestion() -> str:
+    try:
+        names = _ALLOWED_CONGESTION.read_text().split()
+    except OSError:
+        return "nobody knows what"
+    return ", ".join(names)
+
+
 async def listen(
-    handler_factory: HandlerFactory, address: Address, *, insecure: bool = False
+    handler_factory: HandlerFactory,
+    address: Address,
+    *,
+    insecure: bool = False,
+    congestion: str | None = None,
 ) -> TcpListener:
     """Accept connections at ``address`` (port 0: the kernel chooses), one channel each.
 
+    Args:
+        handler_factory: makes the handler of a channel.
+        address: where.
+        insecure: other machines may reach it.
+        congestion: which control governs what is sent; None: the system's default.
+
     Raises:
         ConfigError: the address is in use or not this machine's, or it can be reached from other
-            machines and ``insecure`` was not given.
+            machines and ``insecure`` was not given; or no such control may be chosen.
     """
     check_listen(address, insecure=insecure)
     loop = asyncio.get_running_loop()
@@ -406,18 +466,30 @@ async def listen(
             address.port,
             reuse_address=True,
             backlog=1024,
+            start_serving=False,
         )
     except (OSError, UnicodeError) as error:
         raise ConfigError(
             f"cannot listen on {address}: {_describe(error)}; choose another --listen HOST:PORT"
         ) from error
+    try:
+        if congestion is not None:
+            for sock in server.sockets:
+                _use_congestion(sock, congestion)  # those that it accepts inherit it
+        await server.start_serving()
+    except BaseException:
+        server.close()
+        raise
     return TcpListener(server)
 
 
-async def connect(handler_factory: HandlerFactory, address: Address) -> TcpChannel:
-    """Open a worker's connection to a server.
+async def connect(
+    handler_factory: HandlerFactory, address: Address, *, congestion: str | None = None
+) -> TcpChannel:
+    """Open a worker's connection to a server; ``congestion`` as in :func:`listen`.
 
     Raises:
+        ConfigError: no such congestion control may be chosen.
         ChannelBroken: nobody answers there.
     """
     loop = asyncio.get_running_loop()
@@ -427,6 +499,8 @@ async def connect(handler_factory: HandlerFactory, address: Address) -> TcpChann
         )
     except (OSError, UnicodeError) as error:  # a name that cannot be one is a UnicodeError
         raise ChannelBroken(f"cannot connect to {address}: {_describe(error)}") from error
+    if congestion is not None:
+        channel.use_congestion(congestion)
     return channel
 
 

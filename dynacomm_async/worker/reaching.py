@@ -47,15 +47,21 @@ class Reacher:
         server: where it is.
         retry_s: how long to try.
         recorder: takes down what passes over the connections.
+        congestion: which TCP congestion control governs what is sent; None: the system's default.
     """
 
     def __init__(
-        self, server: Whereabouts, retry_s: float, recorder: Recorder | None = None
+        self,
+        server: Whereabouts,
+        retry_s: float,
+        recorder: Recorder | None = None,
+        congestion: str | None = None,
     ) -> None:
         self._server = server
         self._address = None if callable(server) else server  # the latest known
         self._retry_s = retry_s
         self._recorder = recorder
+        self._congestion = congestion
 
     async def reach(self, make_hello: Callable[[], Hello]) -> tuple[Line, Welcome]:
         """Connect and be welcomed, for the first time.
@@ -142,7 +148,7 @@ class Reacher:
 
         try:
             async with asyncio.timeout(limit_s):
-                await connect(make_line, address)
+                await connect(make_line, address, congestion=self._congestion)
         except TimeoutError:
             raise ChannelBroken(f"{address} does not answer") from None
         return lines[-1]

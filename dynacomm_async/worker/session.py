@@ -29,7 +29,7 @@ from dynacomm_async.schedule.costs import Costs
 from dynacomm_async.schedule.estimator import Estimator
 from dynacomm_async.schedule.planners import find_planner
 from dynacomm_async.split import Split
-from dynacomm_async.transport import LoopThread, parse_address
+from dynacomm_async.transport import LoopThread, check_congestion, parse_address
 from dynacomm_async.wire.grid import Grid, LayerSpec, as_layer_specs
 from dynacomm_async.wire.messages import Hello, Welcome
 from dynacomm_async.worker.board import Board
@@ -93,6 +93,8 @@ class Session:
         estimator: what is known of this model and link already; added to. None starts afresh.
         io: the thread that does the I/O, shared with other sessions; None starts one.
         recorder: takes down what this session does and when; None records nothing.
+        congestion: which TCP congestion control governs what this end sends, such as ``"cubic"``;
+            None: the system's default.
 
     Attributes (once entered):
         welcome: what the server said.
@@ -108,7 +110,7 @@ class Session:
         metrics: where the time of each step went; a step is added when the next one is asked for.
 
     Raises (on entering):
-        ConfigError: an address or strategy that is none.
+        ConfigError: an address, strategy or congestion control that is none.
         PeerError: the server refuses; ``code`` and text say why.
         ChannelBroken: no server answers within ``retry_s``, or it vanished.
         TimeoutError: something accepts the connection but never answers.
@@ -130,12 +132,16 @@ class Session:
         estimator: Estimator | None = None,
         io: LoopThread | None = None,
         recorder: Recorder | None = None,
+        congestion: str | None = None,
     ) -> None:
         self.address = (
             parse_address(address, port=DEFAULT_PORT) if isinstance(address, str) else address
         )
         if strategy is not None:
             find_planner(strategy)
+        if congestion is not None:
+            check_congestion(congestion)
+        self._congestion = congestion
         self._layers = layers
         self._initial = initial
         self._initial_statistics = initial_statistics
@@ -381,7 +387,7 @@ class Session:
         return costs, LinkObserved.by(self.estimator)
 
     async def _open(self) -> None:
-        reacher = Reacher(self.address, self._retry_s, self.recorder)
+        reacher = Reacher(self.address, self._retry_s, self.recorder, self._congestion)
         hello = Hello(run=self._run)
         deadline = asyncio.get_running_loop().time() + self._retry_s
         while True:

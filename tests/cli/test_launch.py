@@ -62,9 +62,11 @@ def test_a_launched_worker_has_the_servers_port_and_a_trace_of_its_own():
         run=None,
         data_dir=None,
         retry=1.0,
+        congestion="reno",
     )
     options = worker_options(args, Place("x", 2, 3, FAR))
     assert (options.server, options.trace) == ("node1:9", Path("a/b-2.json"))
+    assert options.congestion == "reno"
 
 
 def environment(**variables):

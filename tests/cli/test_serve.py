@@ -100,6 +100,15 @@ def test_what_is_no_address_is_refused(run, address):
     assert "HOST:PORT" in outcome.complaint
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_CONGESTION"), reason="no choice on this system")
+def test_a_congestion_control_that_is_none_is_refused_before_anything_begins(run, quick):
+    for command in (("serve", *quick, "--listen", "127.0.0.1:0"), ("work", "--server", "nobody:1")):
+        outcome = run(*command, "--congestion", "cubik")
+        assert outcome.code == 1
+        assert "congestion control 'cubik'" in outcome.complaint
+        assert "this system allows" in outcome.complaint
+
+
 @pytest.mark.parametrize("seconds", ["soon", "-1", "nan", "inf"])
 def test_a_time_to_look_for_the_server_must_be_a_number(call, seconds):
     outcome = call("work", "--server", "127.0.0.1:1", f"--retry={seconds}")

@@ -22,7 +22,7 @@ from dynacomm_async.errors import (
     RemoteProtocolError,
 )
 from dynacomm_async.ranges import Range
-from dynacomm_async.transport import Address, TcpChannel, connect, listen, tcp
+from dynacomm_async.transport import Address, TcpChannel, check_congestion, connect, listen, tcp
 from dynacomm_async.transport.tcp import HIGH_WATER_NBYTES
 from dynacomm_async.wire import (
     PREFIX_NBYTES,
@@ -268,6 +268,64 @@ async def test_listening_beyond_this_machine_works_when_asked_for(new_recorder: 
     listener = await listen(new_recorder, Address("0.0.0.0", 0), insecure=True)
     assert listener.addresses[0].port > 0
     await listener.close()
+
+
+def control_of(sock: socket.socket) -> str:
+    name = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+    return name.rstrip(b"\0").decode()
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_CONGESTION"), reason="no choice on this system")
+async def test_each_end_may_choose_a_congestion_control_for_what_it_sends(
+    new_recorder: type, handshake: tuple[Message, ...], loop_factory: object
+) -> None:
+    with socket.socket() as sock:
+        system = control_of(sock)
+    others = [name for name in tcp._allowed_congestion().split(", ") if name != system]
+    if not others:
+        pytest.skip(f"this system allows {system} only")
+    for at_server, at_worker in ((others[0], None), (None, others[0])):
+        accepted: list[Any] = []
+
+        def accept(channel: TcpChannel, accepted: list[Any] = accepted) -> Any:
+            accepted.append((channel, new_recorder(channel)))
+            return accepted[-1][1]
+
+        recorders: list[Any] = []
+        listener = await listen(accept, Address("127.0.0.1", 0), congestion=at_server)
+        worker = await connect(
+            lambda channel, own=recorders: own.append(new_recorder(channel)) or own[-1],
+            listener.addresses[0],
+            congestion=at_worker,
+        )
+        await worker.send(handshake[0])
+        await accepted[0][1].until_received(1)
+        assert control_of(worker._socket) == (at_worker or system)
+        assert control_of(accepted[0][0]._socket) == (at_server or system)
+        worker.abort()
+        await recorders[0].until_lost()
+        await accepted[0][1].until_lost()
+        await listener.close()
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_CONGESTION"), reason="no choice on this system")
+async def test_a_congestion_control_that_is_none_is_refused_with_those_that_are(
+    new_recorder: type, loop_factory: object
+) -> None:
+    told = "congestion control 'cubik': .*; this system allows .*reno"
+    with pytest.raises(ConfigError, match=told):
+        check_congestion("cubik")
+    with pytest.raises(ConfigError, match=told):
+        await listen(new_recorder, Address("127.0.0.1", 0), congestion="cubik")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        recorders: list[Any] = []
+        with pytest.raises(ConfigError, match=told):
+            await connect(
+                lambda channel: recorders.append(new_recorder(channel)) or recorders[-1],
+                Address(*other.getsockname()),
+                congestion="cubik",
+            )
+        await recorders[0].until_lost()
 
 
 async def test_a_port_in_use_is_a_setting_to_change(new_recorder: type) -> None:
