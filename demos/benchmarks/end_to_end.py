@@ -294,7 +294,12 @@ def inner() -> int:
     try:
         found = asyncio.run(
             measure_all(
-                *(systems, spec, setting.rate, setting.server_rate, blocks), args.congestion
+                systems,
+                spec,
+                rate=setting.rate,
+                server_rate=setting.server_rate,
+                blocks=blocks,
+                congestion=args.congestion,
             )
         )
     except Failure as error:

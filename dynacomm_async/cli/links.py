@@ -15,28 +15,10 @@ from dynacomm_async.link.options import add_setting_arguments, settings_from
 from dynacomm_async.link.process import LinkProcess
 from dynacomm_async.link.settings import LinkSettings
 
-__all__ = [
-    "Fleet",
-    "add_congestion_argument",
-    "add_fleet_arguments",
-    "fleet_from",
-    "slowdown",
-    "start_links",
-]
+__all__ = ["Fleet", "add_fleet_arguments", "fleet_from", "slowdown", "start_links"]
 
 _PER_WORKER = ("bandwidth", "bandwidth_up", "delay", "overhead")
 """Options that may give every worker a value of its own, separated by commas."""
-
-
-def add_congestion_argument(parser: argparse.ArgumentParser) -> None:
-    """Add ``--congestion`` of a command that is one end of real links."""
-    parser.add_argument(
-        "--congestion",
-        metavar="NAME",
-        help="TCP congestion control of what this end sends (default: the system's). bbr pauses "
-        "every connection for 0.2 s in every 10 s, at times of its own, and all wait for each: on "
-        "links that lose little try cubic or reno",
-    )
 
 
 @dataclass(frozen=True, slots=True)

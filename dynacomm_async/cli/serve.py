@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dynacomm_async.addresses import Address, parse_address
+from dynacomm_async.cli.congestion import add_congestion_argument
 from dynacomm_async.cli.keeping import add_fault_arguments, open_checkpoints, server_options
-from dynacomm_async.cli.links import add_congestion_argument
 from dynacomm_async.cli.output import (
     Progress,
     check_writable,

@@ -9,7 +9,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from dynacomm_async.cli.links import add_congestion_argument, slowdown
+from dynacomm_async.cli.congestion import add_congestion_argument
+from dynacomm_async.cli.links import slowdown
 from dynacomm_async.cli.output import Progress, emit, say, step_notes, telling
 from dynacomm_async.cli.place import fill_work, own_place
 from dynacomm_async.cli.signals import interruptible

@@ -36,10 +36,10 @@ class Policy:
         threshold_nbytes: while less than this is ready and more is to come, nothing leaves.
         whole_layers: send layers only when all their cells are ready, and never a part of one.
         one_layer: a message holds cells of one layer only.
-        rear_first: while more is to come, the rear layers leave first, the front ones only then. A
-            backward pass makes gradients ready in that order, so that workers who are not quite
-            as fast as each other send the same cells all the same; those who always turn to the
-            latest layer leave different rests behind, and the server waits for the other's.
+        rear_first: of what is ready the rear layers leave first, until everything is ready; then
+            the front ones. A backward pass makes gradients ready in that order, so workers of
+            unequal speed have sent the same cells, the faster ones more of them. Those who turn
+            to the latest layer whenever there is one leave different cells behind.
 
     Raises:
         PlanError: a cap below 1, a threshold below 0, or a flag that is none.
@@ -151,7 +151,8 @@ class PriorityDispatcher:
     """Hands out what is ready, the lowest cells first, or as its policy says.
 
     A layer that is cut costs nothing: what is ready is kept as runs of cells, so an operation is
-    O(log R) for the R runs and O(log L) for the L layers, however many cells there are.
+    O(log R) for the R runs and O(log L) for the L layers, however many cells there are; with
+    ``rear_first`` runs end with their layers, and it is so for each of them.
 
     Args:
         policy: how large messages are, and when one is worth sending.
@@ -209,7 +210,6 @@ class PriorityDispatcher:
             layer = self._layout.layer_of(waiting[0][1])
             lowest, limit = self._layout.firsts[layer : layer + 2]
         message: list[Range] = []
-        message_end = -1
         while waiting and lowest <= waiting[0][1] < limit:
             rank, begin, end = waiting[0]
             stop, nbytes = self._measure(begin, min(end, limit), room, not message)
@@ -219,15 +219,12 @@ class PriorityDispatcher:
                 heapq.heappop(waiting)
             else:
                 heapq.heapreplace(waiting, (rank, stop, end))
-            if begin == message_end:
-                begin, _ = message.pop()
             message.append(Range(begin, stop - begin))
-            message_end = stop
             self._waiting_nbytes -= nbytes
             room -= nbytes
             if stop < end:
                 break
-        return merge(message) if self._is_rear_first else tuple(message)
+        return merge(message)
 
     def _measure(self, begin: int, end: int, room: int, must: bool) -> tuple[int, int]:
         """Return how far a message with that much room takes a run, and how much that is."""

@@ -8,9 +8,7 @@ half-duplex one. A plan that crosses the boundary between steps gains nothing on
 
 What looks like a shared medium may be congestion control that has just met traffic both ways. So
 the first step that crosses tells nothing, and a verdict of half duplex, under which nothing is
-shared any more that could prove it wrong, is put to the test again. Or it is a busy machine, whose
-processes are late for every message: then the whole step is the better witness, for it cannot have
-been shorter than what both directions carried in it takes on one medium.
+shared any more that could prove it wrong, is put to the test again.
 """
 
 from __future__ import annotations
@@ -32,10 +30,6 @@ _LEAST_SHARED_NS = 20_000_000
 _PATIENCE, _MOST_PATIENCE = 3, 96
 """Steps behind a barrier until a verdict of half duplex is put to the test: at first, and at most.
 They double with every test that confirms it."""
-
-_ROOM = 1.2
-"""What was carried in a step, over the step, above which there were two media: more than rates are
-wrong by."""
 
 _MOST_TRIES = 8
 """Steps that cross in such a test at most. Where they contradict each other the verdict stands;
@@ -186,20 +180,13 @@ class Duplex:
         if self._has_crossed:
             self._evidence.observe(expected_ns, elapsed_ns, shared_ns)
 
-    def end_step(
-        self, *, crossing: bool, carried_ns: int = 0, elapsed_ns: int | None = None
-    ) -> None:
+    def end_step(self, *, crossing: bool) -> None:
         """Give a verdict by the step that has ended, or come nearer to doubting the last.
 
         Args:
             crossing: whether the step's parameters could come down while gradients went up.
-            carried_ns: what all that it carried takes one after the other, or less.
-            elapsed_ns: how long it took; None where that is not known.
         """
-        verdict = None
-        if crossing and self._has_crossed:
-            too_much = elapsed_ns is not None and carried_ns > _ROOM * elapsed_ns
-            verdict = False if too_much else self._evidence.half
+        verdict = self._evidence.half if crossing and self._has_crossed else None
         self._has_crossed = crossing
         if verdict is not None:
             self._decide(verdict)

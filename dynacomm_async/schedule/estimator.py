@@ -393,7 +393,6 @@ class Estimator:
 
     def __init__(self, layers: Sequence[tuple[str, int]]) -> None:
         self._layers = tuple(layers)
-        self._nbytes = sum(nbytes for _, nbytes in self._layers)
         self._latencies_ns: deque[tuple[int, int]] = deque(maxlen=_STEPS)
         self._server_ns: deque[int] = deque(maxlen=_STEPS)
         self.times = LayerTimes(len(self._layers))
@@ -422,11 +421,7 @@ class Estimator:
             self.duplex.start_over()
 
     def observe_pushes(
-        self,
-        arrivals: Iterable[tuple[int, int, int]],
-        *,
-        crossing: bool = False,
-        step_ns: int | None = None,
+        self, arrivals: Iterable[tuple[int, int, int]], *, crossing: bool = False
     ) -> None:
         """Add what a step's messages of gradients took, as the server saw it; the step is over.
 
@@ -435,12 +430,8 @@ class Estimator:
             crossing: whether parameters may have come down meanwhile; then they tell nothing of the
                 uplink's rate if the directions take turns. Where that cannot be told they count:
                 a downlink so fast that nothing is ever shared must not hide a slow uplink.
-            step_ns: how long it took to carry the whole model both ways; None: not known.
         """
-        carried_ns = 0
-        if self.up.known and self.down.known:
-            carried_ns = self.up.expect_ns(self._nbytes, 0) + self.down.expect_ns(self._nbytes, 0)
-        self.duplex.end_step(crossing=crossing, carried_ns=carried_ns, elapsed_ns=step_ns)
+        self.duplex.end_step(crossing=crossing)
         if crossing and self.duplex.half is True:
             return
         for nbytes, elapsed_ns, messages in arrivals:

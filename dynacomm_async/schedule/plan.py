@@ -254,6 +254,8 @@ def _read_segments(value: object, key: str) -> tuple[Segment, ...]:
 
 def _read_policy(value: object, key: str) -> Policy:
     names = [field.name for field in fields(Policy)]
+    if isinstance(value, Mapping):
+        value = {"rear_first": False, **value}  # it is younger than some that were saved
     if not isinstance(value, Mapping) or any(name not in value for name in names):
         raise PlanError(
             f"a plan's {key} is {reprlib.repr(value)}, expected an object with {', '.join(names)}"

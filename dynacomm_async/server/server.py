@@ -187,7 +187,8 @@ class ParameterServer:
         if self._saving is not None:
             await self._go_on(self._saving)
         self._listener = await listen(
-            *(self._run.accept, self._listen_at),
+            self._run.accept,
+            self._listen_at,
             insecure=self._insecure,
             congestion=self._congestion,
         )

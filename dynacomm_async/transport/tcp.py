@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 import sys
@@ -412,7 +413,11 @@ def check_congestion(name: str) -> None:
     Raises:
         ConfigError: it may not, or the system has none of this name.
     """
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
+    try:
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    except OSError:  # a machine without IPv4
+        sock = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
+    with sock:
         _use_congestion(sock, name)
 
 
@@ -422,20 +427,24 @@ def _use_congestion(sock: socket.socket, name: str) -> None:
             f"congestion control {name!r}: this system lets no program choose one; leave it out"
         )
     try:
-        sock.setsockopt(socket.IPPROTO_TCP, _TCP_CONGESTION, name.encode())
-    except OSError as error:
+        if "\0" in name:  # the kernel would read on no further
+            raise UnicodeError("a NUL")
+        sock.setsockopt(socket.IPPROTO_TCP, _TCP_CONGESTION, name.encode("ascii"))
+    except (OSError, UnicodeError) as error:
+        why = "not allowed" if getattr(error, "errno", 0) == errno.EPERM else "no such control"
+        allowed = _allowed_congestion()
+        choose = f"choose one of {', '.join(allowed)} (" if allowed else "see ("
         raise ConfigError(
-            f"congestion control {name!r}: {_describe(error)}; this system allows "
-            f"{_allowed_congestion()} (sysctl net.ipv4.tcp_allowed_congestion_control)"
+            f"congestion control {name!r}: {why}; {choose}sysctl "
+            "net.ipv4.tcp_allowed_congestion_control)"
         ) from error
 
 
-def _allowed_congestion() -> str:
+def _allowed_congestion() -> list[str]:
     try:
-        names = _ALLOWED_CONGESTION.read_text().split()
+        return _ALLOWED_CONGESTION.read_text().split()
     except OSError:
-        return "nobody knows what"
-    return ", ".join(names)
+        return []
 
 
 async def listen(
@@ -458,6 +467,8 @@ async def listen(
             machines and ``insecure`` was not given; or no such control may be chosen.
     """
     check_listen(address, insecure=insecure)
+    if congestion is not None:
+        check_congestion(congestion)
     loop = asyncio.get_running_loop()
     try:
         server = await loop.create_server(
@@ -466,20 +477,14 @@ async def listen(
             address.port,
             reuse_address=True,
             backlog=1024,
-            start_serving=False,
         )
     except (OSError, UnicodeError) as error:
         raise ConfigError(
             f"cannot listen on {address}: {_describe(error)}; choose another --listen HOST:PORT"
         ) from error
-    try:
-        if congestion is not None:
-            for sock in server.sockets:
-                _use_congestion(sock, congestion)  # those that it accepts inherit it
-        await server.start_serving()
-    except BaseException:
-        server.close()
-        raise
+    if congestion is not None:
+        for sock in server.sockets:
+            _use_congestion(sock, congestion)  # those that it accepts inherit it
     return TcpListener(server)
 
 

@@ -162,7 +162,6 @@ class Client:
         self._returning: asyncio.Task[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
         self._last_arrival_ns = 0
-        self._last_begun: tuple[int, int] | None = None  # a version that began to arrive, and when
         self._sending = BusyTimes()
         self._n_computed = 0  # steps
         self._think_again_ns = 0
@@ -324,7 +323,7 @@ class Client:
         self._notes.clear()
         self._line = line
         self._round_trip_ns = self._round_trip_ns or line.round_trip_ns
-        self._last_arrival_ns, self._last_begun = 0, None
+        self._last_arrival_ns = 0
         line.on_answer = self._wake.set
         line.attach(self, welcome.silence_ms)
         self._uplink = asyncio.create_task(self._send_all(line, opening), name="uplink")
@@ -453,8 +452,7 @@ class Client:
         self._last_arrival_ns = arrival.last_ns
         if message.timing is not None:
             crossing = is_crossing(self._plans.plan_of(message.version))
-            step_ns = self._since_version_before(message.version, arrival.last_ns)
-            estimator.observe_pushes(message.timing.arrivals, crossing=crossing, step_ns=step_ns)
+            estimator.observe_pushes(message.timing.arrivals, crossing=crossing)
             estimator.observe_server(message.timing.apply_ns)
             self._board.note_timing(message.version, message.timing)
         machine = self._machines[message.version]
@@ -467,14 +465,6 @@ class Client:
             self._carry_out(message.version, instructions)
         if machine.pulled:
             self._forget(message.version - 1)
-
-    def _since_version_before(self, version: int, now_ns: int) -> int | None:
-        """Return how long ago the version before began to arrive, if it did over this connection.
-
-        Since then the rest of it has come, and about as many gradients have gone.
-        """
-        last, self._last_begun = self._last_begun, (version, now_ns)
-        return now_ns - last[1] if last is not None and last[0] == version - 1 else None
 
     def _carry_out(self, step: int, instructions: Sequence[Instruction]) -> None:
         computes = [instruction for instruction in instructions if isinstance(instruction, Compute)]

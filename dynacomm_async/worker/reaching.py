@@ -150,7 +150,8 @@ class Reacher:
             async with asyncio.timeout(limit_s):
                 await connect(make_line, address, congestion=self._congestion)
         except TimeoutError:
-            raise ChannelBroken(f"{address} does not answer") from None
+            text = f"it does not answer within {limit_s:.3g} s"
+            raise ChannelBroken(text) from None
         return lines[-1]
 
 

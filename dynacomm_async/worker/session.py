@@ -141,7 +141,6 @@ class Session:
             find_planner(strategy)
         if congestion is not None:
             check_congestion(congestion)
-        self._congestion = congestion
         self._layers = layers
         self._initial = initial
         self._initial_statistics = initial_statistics
@@ -149,6 +148,7 @@ class Session:
         self._run = run
         self._kernels = kernels
         self._retry_s = retry_s
+        self._congestion = congestion
         self._plans_factory = plans
         self._estimator = estimator
         self._shared_io = io

@@ -110,12 +110,12 @@ def test_two_directions_that_keep_more_than_six_tenths_of_their_rates_share_no_m
     assert estimator.half is False
 
 
-def cross(duplex: Duplex, *, slowed: bool, carried_ns: int = 0) -> None:
-    """Take a step of 60 ms that crosses, of three messages that are slowed down or not."""
+def cross(duplex: Duplex, *, slowed: bool) -> None:
+    """Take a step that crosses, of three messages that are slowed down or not."""
     for _ in range(3):
         elapsed_ns = (20 if slowed else 10) * MS
         duplex.observe(10 * MS, elapsed_ns, elapsed_ns)
-    duplex.end_step(crossing=True, carried_ns=carried_ns, elapsed_ns=60 * MS)
+    duplex.end_step(crossing=True)
 
 
 def wait(duplex: Duplex) -> int:
@@ -188,42 +188,6 @@ def test_a_test_that_contradicts_itself_leaves_the_verdict_and_doubts_it_later()
     assert duplex.half is True
     assert steps == 8
     assert wait(duplex) == 6
-
-
-def test_a_step_that_carried_more_than_one_medium_can_overrules_its_messages() -> None:
-    busy = Duplex()  # the machine: all messages look slowed down
-    for _ in range(10):
-        cross(busy, slowed=True, carried_ns=73 * MS)
-        assert busy.half is not True
-    assert busy.half is False
-    for carried_ns in (60 * MS, 71 * MS):  # as much as one can, and what rates may be wrong by
-        shared = Duplex()
-        for _ in range(2):
-            cross(shared, slowed=True, carried_ns=carried_ns)
-        assert shared.half is True
-    wait(shared)
-    cross(shared, slowed=True, carried_ns=100 * MS)  # the first that crosses tells nothing
-    assert (shared.half, shared.probing) == (True, True)
-    cross(shared, slowed=True, carried_ns=100 * MS)
-    assert (shared.half, shared.probing) == (False, False)
-
-
-@pytest.mark.parametrize("step_ms", [100, 150, 170, None])
-def test_what_a_step_carries_is_the_whole_model_both_ways(step_ms: int | None) -> None:
-    # 80 ns a byte up and 80 down: a medium of its own for each, or a step takes 160 ms.
-    estimator = Estimator([("a", 4 * 10**5), ("b", 6 * 10**5)])
-    sizes = (200_000, 150_000, 90_000, 30_000)
-    for step in range(24):
-        crossing = step >= 12
-        for nbytes in sizes:
-            elapsed_ns = (2 if crossing else 1) * (MS + 80 * nbytes)
-            shared_ns = elapsed_ns if crossing else 0
-            estimator.observe_pull(nbytes, elapsed_ns, 1, shared_ns=shared_ns)
-        pushes = [(nbytes, MS + 80 * nbytes, 1) for nbytes in sizes]
-        step_ns = None if step_ms is None else step_ms * MS
-        estimator.observe_pushes(pushes, crossing=crossing, step_ns=step_ns)
-        if step == 13:  # later ones may be doubted
-            assert estimator.duplex.half is (step_ms != 100)
 
 
 def test_when_the_link_has_changed_the_verdict_stands_and_is_doubted_at_once() -> None:

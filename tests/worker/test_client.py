@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
 from itertools import repeat
 
 import pytest
@@ -52,12 +51,12 @@ async def granted(board, phase, layer, step):
     assert board.is_granted(phase, layer, step)
 
 
-async def work(toy, line, numbers, estimator_of=Estimator):
+async def work(toy, line, numbers):
     """Be a worker on the loop that the line runs on; gradients are ready in any order."""
     n_layers, n_parameters = len(toy.layers), toy.grid.n_parameters
     welcome = await line.greet(Hello())
     arenas, board = Arenas.allocate(toy.grid), Board(n_layers)
-    estimator = estimator_of([(spec.name, 4 * spec.count) for spec in toy.layers])
+    estimator = Estimator([(spec.name, 4 * spec.count) for spec in toy.layers])
     plans = random_plan(numbers, n_layers)
     await line.measure_round_trip()
     client = Client(welcome, toy.grid, arenas, board, plans, estimator)
@@ -114,27 +113,6 @@ async def test_any_split_of_the_stream_and_any_cuts_give_the_bits_of_a_single_pr
     assert result.statistics.tobytes() == statistics.tobytes()
     for arena in ends:
         assert arena.tobytes() == parameters.tobytes() + statistics.tobytes()
-
-
-async def test_a_step_lasts_from_the_first_of_one_version_to_the_first_of_the_next(toy):
-    told, lines, began_ns = [], [], time.monotonic_ns()
-
-    class Noting(Estimator):
-        def observe_pushes(self, arrivals, *, crossing=False, step_ns=None):
-            told.append(step_ns)
-            super().observe_pushes(arrivals, crossing=crossing, step_ns=step_ns)
-
-    async with ParameterServer(toy.layers, workers=1, steps=6, initial=toy.initial) as server:
-        memory_pair(
-            server.connect_channel, lambda channel: lines.append(Line(channel)) or lines[-1]
-        )
-        await work(toy, lines[0], random.Random(1), Noting)
-        await server.finished()
-    first, *others = told  # with versions 1 to 6: of the one before the first nobody told
-    assert first is None
-    assert len(others) == 5
-    assert min(others) > 0
-    assert sum(others) <= time.monotonic_ns() - began_ns
 
 
 async def test_the_round_trip_is_measured_before_the_join(toy):

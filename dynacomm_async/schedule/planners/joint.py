@@ -64,10 +64,8 @@ _MOST_NAMED = 16
 """Messages each way of the best policy with which a search for lists begins."""
 
 _SIZE_PER_MILLE, _ORDER_PER_MILLE = 1020, 1005
-"""A step that is at most this much longer by the model is worth sizes, or an order, that all
-workers agree on: where they differ, cells wait at the server for the worker who sends them later.
-Sizes always differ somewhat; the order matters as much only where transfers take far longer than
-computing, and there it costs nothing."""
+"""A step that is at most this much longer by the model is worth sizes, or an order, that workers
+mostly agree on: where they differ, cells wait at the server for whoever sends them later."""
 
 _MOST_MESSAGES = 128
 """In one direction. Finer ones gain less than a percent by the model, which does not count the
@@ -118,6 +116,8 @@ class _Search:
         self._nbytes = nbytes = self._crossing.layout.nbytes
         up_ns = sum([layer.push_ns for layer in costs.layers])
         down_ns = sum([layer.pull_ns for layer in costs.layers])
+        computing_ns = sum([layer.forward_ns + layer.backward_ns for layer in costs.layers])
+        self._is_slow = up_ns >= computing_ns  # the link
         self._push_unit = _unit_nbytes(nbytes, up_ns, costs.overhead_up_ns)
         self._pull_unit = _unit_nbytes(nbytes, down_ns, costs.overhead_down_ns)
         self._overhead_nbytes = costs.overhead_up_ns * nbytes // up_ns if up_ns else 0
@@ -166,16 +166,17 @@ class _Search:
 
         What comes down has gone up from every worker before. Workers alike, whose estimates differ
         by a few per cent, then choose the nearest of a few sizes, and their messages end at the
-        same cells; and those who begin at the rear have sent the same cells whenever one of them
-        looks, though none computes exactly as fast as another.
+        same cells. Where computing takes less than a transfer they begin at the rear: in the order
+        of a backward pass they have sent the same cells, whoever computes faster.
         """
         if isinstance(self.plan, PolicyPlan):
             push, pull = self.plan.push, self.plan.pull
             push = replace(push, cap_nbytes=self._round(push.cap_nbytes))
             pull = replace(pull, cap_nbytes=self._round(pull.cap_nbytes))
             self._agree_on(push, pull, _SIZE_PER_MILLE)
-            push = replace(self.plan.push, rear_first=True)
-            self._agree_on(push, self.plan.pull, _ORDER_PER_MILLE)
+            if self._is_slow:
+                push = replace(self.plan.push, rear_first=True)
+                self._agree_on(push, self.plan.pull, _ORDER_PER_MILLE)
 
     def _agree_on(self, push: Policy, pull: Policy, per_mille: int) -> None:
         """Take policies if the step is at most so much longer."""
