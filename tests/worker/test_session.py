@@ -433,9 +433,9 @@ async def test_a_server_that_starts_late_is_found(toy, monkeypatch):
     loop, failed = asyncio.get_running_loop(), asyncio.Event()
     connect = reaching.connect
 
-    async def watched(*args):
+    async def watched(*args, **options):
         try:
-            return await connect(*args)
+            return await connect(*args, **options)
         except ChannelBroken:
             loop.call_soon_threadsafe(failed.set)
             raise
@@ -516,9 +516,9 @@ async def test_a_link_that_answers_before_its_server_does_is_asked_again(listen_
 def test_an_interrupt_while_nobody_answers_leaves_nothing_running(closed_address, monkeypatch):
     connect = reaching.connect
 
-    async def interrupt(*args):
+    async def interrupt(*args, **options):
         try:
-            return await connect(*args)
+            return await connect(*args, **options)
         finally:
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
