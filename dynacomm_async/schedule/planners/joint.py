@@ -63,7 +63,7 @@ _CLEARLY_BETTER_PER_MILLE = 995
 _MOST_NAMED = 16
 """Messages each way of the best policy with which a search for lists begins."""
 
-_SIZE_PER_MILLE, _ORDER_PER_MILLE = 1020, 1005
+_AGREEING_PER_MILLE = 1020
 """A step that is at most this much longer by the model is worth sizes, or an order, that workers
 mostly agree on: where they differ, cells wait at the server for whoever sends them later."""
 
@@ -173,14 +173,14 @@ class _Search:
             push, pull = self.plan.push, self.plan.pull
             push = replace(push, cap_nbytes=self._round(push.cap_nbytes))
             pull = replace(pull, cap_nbytes=self._round(pull.cap_nbytes))
-            self._agree_on(push, pull, _SIZE_PER_MILLE)
+            self._agree_on(push, pull)
             if self._is_slow:
                 push = replace(self.plan.push, rear_first=True)
-                self._agree_on(push, self.plan.pull, _ORDER_PER_MILLE)
+                self._agree_on(push, self.plan.pull)
 
-    def _agree_on(self, push: Policy, pull: Policy, per_mille: int) -> None:
+    def _agree_on(self, push: Policy, pull: Policy) -> None:
         """Take policies if the step is at most so much longer."""
-        limit_ns = self.step_ns * per_mille // 1000 + 1
+        limit_ns = self.step_ns * _AGREEING_PER_MILLE // 1000 + 1
         pushed = self._crossing.try_push(push, limit_ns)
         step_ns = None if pushed is None else self._crossing.try_pull(pull, pushed, limit_ns)
         if step_ns is not None and self._is_clearly_better(step_ns):

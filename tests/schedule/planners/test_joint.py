@@ -215,7 +215,7 @@ def test_several_workers_behind_slow_links_begin_at_the_rear_where_that_costs_no
             n_policies += 1
             n_rear += plan.push.rear_first
             front = replace(plan, push=replace(plan.push, rear_first=False))
-            assert 1000 * evaluate(plan, costs).step_ns <= 1005 * evaluate(front, costs).step_ns + 1
+            assert 1000 * evaluate(plan, costs).step_ns <= 1020 * evaluate(front, costs).step_ns + 1
     assert n_policies >= 12
     assert n_rear >= n_policies // 2
 
