@@ -242,18 +242,21 @@ async def test_a_full_roster_trains_to_the_same_bits_in_every_synchronous_mode(t
 
 
 async def test_a_quorum_goes_on_without_the_slow_which_skips_to_where_training_is(toy):
-    """Rank 2 computes steps 0 and 1, then sleeps through some."""
+    """Rank 2 computes steps 0 and 1, if it is in time for them, then sleeps through some."""
     loop, slept, wake = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
     run = Run(toy, workers=3, mode=Mode(quorum=2), steps=10)
 
     def sleepy(session, step):
         if session.welcome.slot == 2 and step == 2 and not wake.is_set():
             loop.call_soon_threadsafe(slept.set)
+            asleep.set()
             assert wake.wait(20)
+        if session.welcome.slot != 2 and step == 2:
+            assert asleep.wait(20)  # or they might have made this step without it too
         if session.welcome.slot != 2 and step == 8:
             assert late.wait(20)
 
-    late = threading.Event()
+    late, asleep = threading.Event(), threading.Event()
     seen = []
 
     def look(session, step):
@@ -273,7 +276,7 @@ async def test_a_quorum_goes_on_without_the_slow_which_skips_to_where_training_i
     run.judge(result)
     assert all(len(record.contributors[0][1]) == 2 for record in result.records)
     assert all(record.contributors[0][1] == (0, 1) for record in result.records[2:7])
-    assert seen[:2] == [0, 1] or seen[0] == 0
+    assert seen[0] <= 2
     jump = next(after for before, after in pairwise(seen) if before == 2)
     assert jump > 3, "what had been made without it was skipped"
     for replica in replicas:
