@@ -58,12 +58,13 @@ from _machine import describe_machine, format_machine
 from dynacomm_async.errors import ConfigError
 from dynacomm_async.link.units import parse_rate
 from dynacomm_async.schedule import PLANNERS, Costs, LayerCosts, lower_bound_ns
+from dynacomm_async.transport import allowed_congestion
 
 MODELS = ("resnet18", "vgg11", "transformer")
 OURS = "joint,dynacomm,sequential,layerwise,ibatch,bucket"
 PEERS = "ddp:default,ddp:1,ddp:4,ddp:25,flower"
 
-_CONTROLS = Path("/proc/sys/net/ipv4")
+_CONTROL = Path("/proc/sys/net/ipv4/tcp_congestion_control")
 
 WIRE_SHARE = 1448 / 1514
 """What is payload of a full packet on Ethernet, IP and TCP headers with timestamps taken off."""
@@ -373,14 +374,6 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def allowed_congestion_controls() -> list[str]:
-    """Return what a network namespace may choose from."""
-    try:
-        return (_CONTROLS / "tcp_allowed_congestion_control").read_text().split()
-    except OSError:  # not Linux
-        return []
-
-
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
@@ -420,7 +413,7 @@ def parse_args() -> argparse.Namespace:
     )
     add(
         "--congestion",
-        choices=allowed_congestion_controls(),
+        choices=allowed_congestion(),
         help="control of all systems (default: this machine's). bbr probes each connection's round "
         "trip for 0.2 s in every 10 s, most of all what is never idle",
     )
@@ -453,7 +446,7 @@ def main() -> int:
     if reason is not None:
         print(f"end_to_end: {reason}", file=sys.stderr)
         return 1
-    control = args.congestion or (_CONTROLS / "tcp_congestion_control").read_text().strip()
+    control = args.congestion or _CONTROL.read_text().strip()
     machine = {**describe_machine(), **versions(), "congestion_control": control}
     if not args.json:
         named = ", ".join(f"{name} {version}" for name, version in versions().items())

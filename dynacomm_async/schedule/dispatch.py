@@ -171,7 +171,6 @@ class PriorityDispatcher:
         self._waiting: list[tuple[int, int, int]] = []  # a heap: rank, first cell, the one after
         self._waiting_nbytes = 0
         self._to_come_nbytes = layout.nbytes
-        self._is_rear_first = policy.rear_first
         for cells in skip:
             for begin, end in self._ready.add(*cells):
                 self._to_come_nbytes -= layout.offset(end) - layout.offset(begin)
@@ -247,7 +246,7 @@ class PriorityDispatcher:
         nbytes = layout.offset(end) - layout.offset(begin)
         self._waiting_nbytes += nbytes
         self._to_come_nbytes -= nbytes
-        if not self._is_rear_first:
+        if not self._policy.rear_first:
             heapq.heappush(self._waiting, (0, begin, end))
             return
         while begin < end:
@@ -256,7 +255,6 @@ class PriorityDispatcher:
             heapq.heappush(self._waiting, (-layer, begin, stop))
             begin = stop
         if not self._to_come_nbytes:
-            self._is_rear_first = False
             self._waiting = [(0, begin, end) for _, begin, end in self._waiting]
             heapq.heapify(self._waiting)
 

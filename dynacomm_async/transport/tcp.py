@@ -48,7 +48,15 @@ except ImportError:  # Windows; a gulp under way is not seen there before it is 
 else:
     _FIONREAD = termios.FIONREAD
 
-__all__ = ["TcpChannel", "TcpListener", "check_congestion", "connect", "listen"]
+__all__ = [
+    "TcpChannel",
+    "TcpListener",
+    "allowed_congestion",
+    "check_congestion",
+    "connect",
+    "describe_failure",
+    "listen",
+]
 
 _ALLOWED_CONGESTION = Path("/proc/sys/net/ipv4/tcp_allowed_congestion_control")
 
@@ -353,7 +361,7 @@ class TcpChannel(asyncio.BufferedProtocol):
     def _reason(self, exc: Exception | None) -> DynaCommError:
         if self._closing or self._connection.ended_in_order:
             return ChannelClosed(f"the connection to {self.peer} was closed")
-        detail = f": {_describe(exc)}" if isinstance(exc, OSError) else ""
+        detail = f": {describe_failure(exc)}" if isinstance(exc, OSError) else ""
         return ChannelBroken(f"the connection to {self.peer} was lost{detail}")
 
 
@@ -432,7 +440,7 @@ def _use_congestion(sock: socket.socket, name: str) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, _TCP_CONGESTION, name.encode("ascii"))
     except (OSError, UnicodeError) as error:
         why = "not allowed" if getattr(error, "errno", 0) == errno.EPERM else "no such control"
-        allowed = _allowed_congestion()
+        allowed = allowed_congestion()
         choose = f"choose one of {', '.join(allowed)} (" if allowed else "see ("
         raise ConfigError(
             f"congestion control {name!r}: {why}; {choose}sysctl "
@@ -440,7 +448,8 @@ def _use_congestion(sock: socket.socket, name: str) -> None:
         ) from error
 
 
-def _allowed_congestion() -> list[str]:
+def allowed_congestion() -> list[str]:
+    """Return the names that any process may choose; none where the system does not tell."""
     try:
         return _ALLOWED_CONGESTION.read_text().split()
     except OSError:
@@ -479,8 +488,9 @@ async def listen(
             backlog=1024,
         )
     except (OSError, UnicodeError) as error:
+        why = describe_failure(error)
         raise ConfigError(
-            f"cannot listen on {address}: {_describe(error)}; choose another --listen HOST:PORT"
+            f"cannot listen on {address}: {why}; choose another --listen HOST:PORT"
         ) from error
     if congestion is not None:
         for sock in server.sockets:
@@ -503,13 +513,13 @@ async def connect(
             lambda: TcpChannel(Role.WORKER, handler_factory), address.host, address.port
         )
     except (OSError, UnicodeError) as error:  # a name that cannot be one is a UnicodeError
-        raise ChannelBroken(f"cannot connect to {address}: {_describe(error)}") from error
+        raise ChannelBroken(f"cannot connect to {address}: {describe_failure(error)}") from error
     if congestion is not None:
         channel.use_congestion(congestion)
     return channel
 
 
-def _describe(error: OSError | UnicodeError) -> str:
+def describe_failure(error: OSError | UnicodeError) -> str:
     """Say what is wrong in the system's words: those of the stock loop hide the reason."""
     if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
         return os.strerror(error.errno)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import random
 from collections.abc import Callable
 from typing import TypeAlias
 
 from dynacomm_async.errors import ChannelBroken, PeerError
 from dynacomm_async.recording import Recorder
-from dynacomm_async.transport import Address, Channel, connect
+from dynacomm_async.transport import Address, Channel, connect, describe_failure
 from dynacomm_async.transport.channel import Handler
 from dynacomm_async.transport.recorded import RecordedChannel
 from dynacomm_async.wire.messages import Hello, Welcome
@@ -158,8 +157,6 @@ class Reacher:
 def _describe(failure: Exception) -> str:
     """Say why an attempt failed, without its address, in the system's words."""
     cause = failure.__cause__
-    if not isinstance(cause, OSError):
-        return str(cause or failure)
-    if cause.errno is not None and cause.errno > 0:
-        return os.strerror(cause.errno)
-    return cause.strerror or str(cause)
+    if isinstance(cause, OSError | UnicodeError):
+        return describe_failure(cause)
+    return str(cause or failure)

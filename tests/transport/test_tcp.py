@@ -282,7 +282,7 @@ async def test_each_end_may_choose_a_congestion_control_for_what_it_sends(
 ) -> None:
     with socket.socket() as sock:
         system = control_of(sock)
-    others = [name for name in tcp._allowed_congestion() if name != system]
+    others = [name for name in tcp.allowed_congestion() if name != system]
     if not others:
         pytest.skip(f"this system allows {system} only")
     for at_server, at_worker in ((others[0], None), (None, others[0])):
