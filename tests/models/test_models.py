@@ -127,8 +127,14 @@ print(loss)
 """
 
 
+LIKE_A_DEEPER_ONE = {"vgg11", "vgg16", "resnet18", "resnet50"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.soak) if n in LIKE_A_DEEPER_ONE else n for n in LARGE],
+)
 def test_a_large_network_steps_at_its_own_size(name):
     # In a process of its own: what it takes is given back at its end.
     done = subprocess.run(
